@@ -1,0 +1,1 @@
+"""The doors: one file, one command, one `ray job submit` entry point."""
