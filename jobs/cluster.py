@@ -1,4 +1,5 @@
-"""Ray for a command: the cluster that `ray job submit` or RAY_ADDRESS names, else one on this machine for as long as needed."""
+"""Ray for a command: the cluster that `ray job submit` or RAY_ADDRESS names, else one on this machine for as long as
+needed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # the coming default; asking for it silences a warning
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
@@ -30,7 +33,18 @@ def connected() -> Iterator[None]:
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
         )
+    _quiet_ray_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_ray_data() -> None:
+    """Keep Ray Data's running commentary in its log files; commands print their own progress."""
+    from ray.data._internal.logging import configure_logging
+
+    configure_logging()
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)

@@ -9,8 +9,9 @@ from typing import ClassVar
 from jobs.cluster import connected
 from jobs.command import UsageError, door, parse
 from pipelines.errors import REASONS
-from pipelines.graph import IngestConfig, ingest
+from pipelines.ingest import ingest
 from pipelines.report import render_text, report_of
+from pipelines.stages import IngestConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@
     media/VIDEO_ID.mp4     normalised preview (optional; only people and pictures read it)
     vocabularies/ID/       vocabulary.safetensors + vocabulary.json
 
-A dataset lives in a local folder or at any URL that pyarrow can open (s3://, gs://). Files are immutable and named after
-their content, so a write that is repeated lands on itself, and two writers never disagree: readers take the union of the
-ledger files and see each sample once. There is no lock and no index to corrupt; the price is that opening a dataset reads
-all its ledger files.
+A dataset lives in a local folder or at any URL that pyarrow can open (s3://, gs://). Files are immutable and named
+after their content, so a write that is repeated lands on itself, and two writers never disagree: readers take the union
+of the ledger files and see each sample once. There is no lock and no index to corrupt; the price is that opening a
+dataset reads all its ledger files.
 
 Time is container presentation time in seconds everywhere (the *clock*): what `ffprobe` calls `pts_time`.
 """
@@ -35,8 +35,8 @@ SCHEMA_VERSION = 1
 
 Status = Literal["kept", "filtered", "quarantined", "pending"]
 
-# One row for the listing of a source (status pending), for its failure (filtered, quarantined) or for one kept part of it.
-# Of the rows of a source, those of its latest attempt count; see `pipelines.report.source_outcomes`.
+# One row for the listing of a source (status pending), for its failure (filtered, quarantined) or for one kept part of
+# it. Of the rows of a source, those of its latest attempt count; see `pipelines.report.source_outcomes`.
 LEDGER_SCHEMA = pa.schema(
     [
         ("source_id", pa.string()),  # hash of (uri, version)
@@ -349,7 +349,8 @@ class Dataset:
                     yield Sample.from_members(read_members(bytes(stream.read(size))))
 
     def centroids(self) -> np.ndarray:
-        """[num_visual_tokens, feature_dim] float32: the centroid of each visual token; an empty leaf has its parent's."""
+        """[num_visual_tokens, feature_dim] float32: the centroid of each visual token; an empty leaf has its
+        parent's."""
         from safetensors.numpy import load
 
         tensors = load(self.folder.read(f"vocabularies/{self.info.vocabulary}/vocabulary.safetensors"))

@@ -1,7 +1,7 @@
 """Why a source does not become a sample: the closed set of reasons, and the exception that carries one.
 
-A reason is a value that the ledger keeps, reports count and `ingest --retry REASON` selects, so the set is closed and each
-member says what to do about it. *Filtered* sources are sound but unwanted; *quarantined* ones failed.
+A reason is a value that the ledger keeps, reports count and `ingest --retry REASON` selects, so the set is closed and
+each member says what to do about it. *Filtered* sources are sound but unwanted; *quarantined* ones failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ REASONS: dict[str, Reason] = {
     "no_video": Reason("filtered", "no moving pictures (audio only, or cover art)"),
     "too_short": Reason("filtered", "shorter than one clip, as decoded"),
     "fetch_failed": Reason("quarantined", "the bytes could not be read; look at the storage, then retry"),
-    "too_large": Reason("quarantined", "more bytes, pixels or seconds than the limits allow; raise media.max_* to accept it"),
+    "too_large": Reason(
+        "quarantined", "more bytes, pixels or seconds than the limits allow; raise media.max_* to accept it"
+    ),
     "unreadable": Reason("quarantined", "not a media file that ffmpeg can open"),
     "forbidden_format": Reason("quarantined", "a playlist or another format that may point at other files"),
     "decode_failed": Reason("quarantined", "opened, but its pictures could not be decoded"),

@@ -1,7 +1,7 @@
 """Clips to features: S3D over the preview's clips, one batch of clips in memory at a time.
 
-On a CPU this is the bottleneck of ingestion, about ten to one over decoding, so its workers get all cores (one thread each:
-two one-thread workers do more than one two-thread worker) and everything else is squeezed beside them.
+On a CPU this is the bottleneck of ingestion, about ten to one over decoding, so its workers get all cores (one thread
+each: two one-thread workers do more than one two-thread worker) and everything else is squeezed beside them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class FeaturesConfig:
     """The feature extractor."""
 
     weights: str = ""
-    """S3D weights in torchvision's layout: a path, a URL ending in #sha256=DIGEST, or random:SEED (untrained, for trials)."""
+    """S3D weights in torchvision's layout: a path, a URL ending in #sha256=DIGEST, or random:SEED (untrained, for
+    trials)."""
     pixels: int = 224
     """Width and height of the clips that S3D sees, in pixels; the preview has 224."""
     batch_clips: int = 4

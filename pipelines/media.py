@@ -1,12 +1,12 @@
 """The only place where ffmpeg and PyAV touch strangers' bytes.
 
-A source is transcoded once, by one ffmpeg process, into what every later stage needs: an H.264 preview on the clip grid's
-frame rate and 16 kHz sound. Later stages and people read the preview, never the source, so the decoder's attack surface is
-here: children with limits on wall time, CPU and memory, one process group that is killed as a whole, whitelisted protocols
-and formats. The price is one lossy generation (crf 18) before the features.
+A source is transcoded once, by one ffmpeg process, into what every later stage needs: an H.264 preview on the clip
+grid's frame rate and 16 kHz sound. Later stages and people read the preview, never the source, so the decoder's attack
+surface is here: children with limits on wall time, CPU and memory, one process group that is killed as a whole,
+whitelisted protocols and formats. The price is one lossy generation (crf 18) before the features.
 
-Clock: ffmpeg subtracts the container's start time and the filters pad picture and sound to begin there, so preview time t
-is clock time `start_s + t`, whatever the frame rate of the source does and whichever stream begins late.
+Clock: ffmpeg subtracts the container's start time and the filters pad picture and sound to begin there, so preview time
+t is clock time `start_s + t`, whatever the frame rate of the source does and whichever stream begins late.
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def transcode(path: str, *, found: dict[str, Any], grid: ClipGrid, config: Media
         status, err = _run_ffmpeg(path, preview, sound, found=found, grid=grid, part_frames=part_frames, config=config)
         if found["audio"] and (status != 0 or not sound.exists()):
             silent, note = {**found, "audio": None}, f"sound given up: {err[-300:]}"
-            status, err = _run_ffmpeg(path, preview, sound, found=silent, grid=grid, part_frames=part_frames, config=config)
+            status, err = _run_ffmpeg(
+                path, preview, sound, found=silent, grid=grid, part_frames=part_frames, config=config
+            )
         num_frames = _count_frames(preview) if preview.exists() else 0
         if num_frames == 0:
             raise StageError("decode_failed", err or f"ffmpeg ended with status {status} and wrote no picture")

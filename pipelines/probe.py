@@ -1,8 +1,8 @@
 """Look into a media file: `python probe.py FILE` prints what is in it as one line of JSON.
 
 A script of its own because it opens strangers' bytes in-process with PyAV (the ffmpeg of the imageio-ffmpeg wheel comes
-without ffprobe): `pipelines.media` runs it in a child with limits, so that a crash or a hang of the demuxer costs a child,
-not a worker. It imports nothing but av.
+without ffprobe): `pipelines.media` runs it in a child with limits, so that a crash or a hang of the demuxer costs a
+child, not a worker. It imports nothing but av.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import av
 
-# Demuxers that read one self-contained file. Playlists and manifests (hls, dash, concat, ffconcat, image2, sdp, rtsp, ...)
-# can name other files and hosts, so they are not here.
+# Demuxers that read one self-contained file. Playlists and manifests (hls, dash, concat, ffconcat, image2, sdp, rtsp,
+# ...) can name other files and hosts, so they are not here.
 SAFE_FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "wav", "mp3",
-    "flac", "aac", "ac3", "amr", "aiff", "caf", "wv", "ape", "gif", "m4v", "h264", "hevc", "ivf", "mxf", "nut", "dv", "rm",
+    "flac", "aac", "ac3", "amr", "aiff", "caf", "wv", "ape", "gif", "m4v", "h264", "hevc", "ivf", "mxf", "nut", "dv",
 )  # fmt: skip
 TEXT_SUBTITLES = frozenset({"mov_text", "subrip", "srt", "webvtt", "ass", "ssa", "text"})
 

@@ -1,11 +1,13 @@
-"""How far a running graph is: stages count rows into one small actor, the driver prints what changed and notices a standstill.
+"""How far a running graph is: stages count rows into one small actor, the driver prints what changed and notices a
+standstill.
 
-Ray Data waits for ever, in silence, when its stages together ask for more than there is; a run that has moved nothing for
-`STALL_S` seconds says which stage waits for what.
+Ray Data waits for ever, in silence, when its stages together ask for more than there is; a run that has moved nothing
+for `STALL_S` seconds says which stage waits for what.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -18,9 +20,8 @@ STAGES = ("transcode", "transcribe", "features", "commit")
 STALL_S = 120.0
 
 
-@ray.remote(num_cpus=0)
 class Counter:
-    """Rows, and failures among them, that have left each stage."""
+    """Actor: the number of rows that have left each stage."""
 
     def __init__(self) -> None:
         self._done: dict[str, int] = {}
@@ -76,7 +77,9 @@ class Reporter:
 
     @staticmethod
     def _standstill(counts: dict[str, int]) -> str:
-        before = zip(STAGES, STAGES[1:], strict=False)
+        before = itertools.pairwise(STAGES)
         waiting = [f"{b} waits with {counts.get(a, 0) - counts.get(b, 0)} rows" for a, b in before]
         free = ray.available_resources()
-        return f"{', '.join(waiting)}; free are {free.get('CPU', 0):g} of {ray.cluster_resources().get('CPU', 0):g} CPUs."
+        return (
+            f"{', '.join(waiting)}; free are {free.get('CPU', 0):g} of {ray.cluster_resources().get('CPU', 0):g} CPUs."
+        )

@@ -1,8 +1,8 @@
 """Rows to shards and ledger: the last stage, and the only one that publishes.
 
-A shard is written first and its ledger file last, under the same name; the name is a hash of the shard's bytes, and the bytes
-depend on the samples only (members sorted by key, times and owners zero). So a write that is repeated after a crash lands on
-itself, and a shard that was written without its ledger file does not exist for readers.
+A shard is written first and its ledger file last, under the same name; the name is a hash of the shard's bytes, and the
+bytes depend on the samples only (members sorted by key, times and owners zero). So a write that is repeated after a
+crash lands on itself, and a shard that was written without its ledger file does not exist for readers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, Folder, Sample, Sentence, token_dtype
-from pipelines.stage import Row
+from pipelines.rows import Row
 
 
 def sample_of(
-    row: Row, *, grid: ClipGrid, extractor: Mapping[str, str], vocabulary: str, num_tokens: int, lineage: Mapping[str, str]
+    row: Row,
+    *,
+    grid: ClipGrid,
+    extractor: Mapping[str, str],
+    vocabulary: str,
+    num_tokens: int,
+    lineage: Mapping[str, str],
 ) -> Sample:
     """The sample that a finished row stands for."""
     features = row["features"]

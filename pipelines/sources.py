@@ -1,8 +1,8 @@
 """What to ingest: a folder, a glob, a list or a single file becomes sources, minus what the ledger already holds.
 
 A source is named by (uri, version); version is its size and modification time, so a changed file is a new source. Exact
-duplicates are found here, before any work: only files of equal size can be equal, so only those are hashed, and the verdict
-does not depend on which worker is faster. Remote files are listed the same way through pyarrow.
+duplicates are found here, before any work: only files of equal size can be equal, so only those are hashed, and the
+verdict does not depend on which worker is faster. Remote files are listed the same way through pyarrow.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pyarrow import Table
 
 from pipelines.dataset import filesystem_of
 
-MEDIA_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .wmv .asf .ogv .3gp .gif .mxf "
-    ".mp3 .m4a .wav .flac .ogg .opus .aac .wma".split()
-)
+_VIDEO = "mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv asf ogv 3gp gif mxf"
+# Sound files are listed too: the books must balance, and a recording without pictures is filtered with its reason.
+_SOUND = "mp3 m4a wav flac ogg opus aac wma"
+MEDIA_SUFFIXES = frozenset(f".{name}" for name in f"{_VIDEO} {_SOUND}".split())
 CAPTION_SUFFIXES = (".srt", ".vtt")
 LIST_SUFFIXES = frozenset({".csv", ".jsonl", ".parquet"})
 
@@ -88,8 +88,8 @@ def _discover_glob(fs: pafs.FileSystem, pattern: str, *, prefix: str) -> list[So
     base = pattern
     while any(letter in base for letter in "*?["):
         base = os.path.dirname(base)
-    matching = [source for source in _media_under(fs, base, prefix=prefix)]
-    return [source for source in matching if fnmatch.fnmatchcase(source.uri.removeprefix(prefix), pattern)]
+    under = _media_under(fs, base, prefix=prefix)
+    return [source for source in under if fnmatch.fnmatchcase(source.uri.removeprefix(prefix), pattern)]
 
 
 def _media_under(fs: pafs.FileSystem, folder: str, *, prefix: str) -> list[Source]:
@@ -160,7 +160,8 @@ def _list_rows(fs: pafs.FileSystem, path: str) -> list[dict[str, Any]]:
 def duplicates(sources: Sequence[Source], ledger: Table) -> dict[str, tuple[str, str]]:
     """Source id -> (video id, uri it repeats) of each source whose bytes equal an earlier one's or a kept one's.
 
-    The first by uri stays. Only sources of equal size are read; sizes and video ids of earlier runs come from the ledger.
+    The first by uri stays. Only sources of equal size are read; sizes and video ids of earlier runs come from the
+    ledger.
     """
     by_size: dict[int, list[Source]] = defaultdict(list)
     for source in sources:
@@ -184,7 +185,8 @@ def duplicates(sources: Sequence[Source], ledger: Table) -> dict[str, tuple[str,
 
 
 def remote_content_id(uri: str) -> str | None:
-    """The video id of a source wherever it lies, read in pieces; None if it cannot be read (the fetch stage says why)."""
+    """The video id of a source wherever it lies, read in pieces; None if it cannot be read (the fetch stage says
+    why)."""
     fs, path = filesystem_of(uri)
     digest = hashlib.sha256()
     try:

@@ -1,9 +1,9 @@
 """Words and their times: captions where the source has them, else speech recognition.
 
-`transcripts` is the order of preference; for each part the first origin that is usable and finds something wins. A back end
-that cannot run here (no Whisper weights, say) is passed over by `choose_recogniser`, which says so once; it never downloads,
-because a worker that fetches gigabytes unasked is worse than one that tells you where to put them. Sentences leave this
-module on the clock.
+`transcripts` is the order of preference; for each part the first origin that is usable and finds something wins. A back
+end that cannot run here (no Whisper weights, say) is passed over by `choose_recogniser`, which says so once; it never
+downloads, because a worker that fetches gigabytes unasked is worse than one that tells you where to put them. Sentences
+leave this module on the clock.
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ _MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 
 
 def parse_captions(text: str) -> list[Sentence]:
-    """The cues of SubRip or WebVTT text, one sentence each, sorted by start; cues without words or with bad times drop out."""
+    """The cues of SubRip or WebVTT text, one sentence each, sorted by start; cues without words or with bad times drop
+    out."""
     sentences = []
     matches = list(_CUE_TIME.finditer(text))
     for match, following in zip(matches, [*matches[1:], None], strict=True):

@@ -1,12 +1,14 @@
-"""The visual vocabulary: hierarchical k-means, k children a node, `depth` levels, so k ** depth visual tokens (paper section 4.1).
+"""The visual vocabulary: hierarchical k-means, k children a node, `depth` levels, so k ** depth visual tokens (paper
+section 4.1).
 
-A token id is the path from the root written in base k: ids that share leading digits share ancestors. Assignment walks the
-tree, k comparisons a level (48 for the paper's 12 x 4) where a flat search would take 20,736. Small corpora leave leaves
-empty; an empty leaf keeps its id and is never assigned, so the id range depends on k and depth only and the model's
-embedding table need not change when more video arrives.
+A token id is the path from the root written in base k: ids that share leading digits share ancestors. Assignment walks
+the tree, k comparisons a level (48 for the paper's 12 x 4) where a flat search would take 20,736. Small corpora leave
+leaves empty; an empty leaf keeps its id and is never assigned, so the id range depends on k and depth only and the
+model's embedding table need not change when more video arrives.
 
-Features are standardised per dimension before distances are taken. S3D's pooled activations are positive and differ in scale
-by orders of magnitude; without it a few loud dimensions decide every split. Centroids are kept in the extractor's own units.
+Features are standardised per dimension before distances are taken. S3D's pooled activations are positive and differ in
+scale by orders of magnitude; without it a few loud dimensions decide every split. Centroids are kept in the extractor's
+own units.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class VocabularyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A fitted tree. Arrays are float32; `levels[d]` is [k ** (d + 1), dim] in standardised units, empty nodes are NaN."""
+    """A fitted tree. Arrays are float32; `levels[d]` is [k ** (d + 1), dim] in standardised units, empty nodes are
+    NaN."""
 
     k: int
     depth: int
@@ -123,13 +126,12 @@ def fit(features: np.ndarray, *, config: VocabularyConfig, extractor: str) -> Vo
             children[rows] = node * config.k + labels
         nodes = children
         levels.append(level)
-    return Vocabulary(
-        k=config.k, depth=config.depth, extractor=extractor, mean=mean, scale=scale, levels=tuple(levels)
-    )
+    return Vocabulary(k=config.k, depth=config.depth, extractor=extractor, mean=mean, scale=scale, levels=tuple(levels))
 
 
 def _kmeans(points: np.ndarray, *, k: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Lloyd's algorithm from a k-means++ start: (centres [<= k, dim], label of each point); no returned centre is empty."""
+    """Lloyd's algorithm from a k-means++ start: (centres [<= k, dim], label of each point); no returned centre is
+    empty."""
     centres = _spread_starts(points, k=k, rng=rng)
     labels = np.full(len(points), -1, np.int64)
     for _ in range(MAX_ITERATIONS):
@@ -174,7 +176,8 @@ def save(vocabulary: Vocabulary, folder: Folder) -> str:
 
 
 def load(vocabulary_id: str, folder: Folder) -> Vocabulary:
-    """Read vocabularies/ID/ of a dataset folder. Raises FileNotFoundError if there is none, ValueError if it was altered."""
+    """Read vocabularies/ID/ of a dataset folder. Raises FileNotFoundError if there is none, ValueError if it was
+    altered."""
     from safetensors.numpy import load as from_bytes
 
     about = json.loads(folder.read(f"vocabularies/{vocabulary_id}/vocabulary.json"))
@@ -188,7 +191,9 @@ def load(vocabulary_id: str, folder: Folder) -> Vocabulary:
         levels=tuple(tensors[f"level_{depth}"] for depth in range(about["depth"])),
     )
     if vocabulary.id != vocabulary_id:
-        raise ValueError(f"the vocabulary in vocabularies/{vocabulary_id} has id {vocabulary.id}: restore the original.")
+        raise ValueError(
+            f"the vocabulary in vocabularies/{vocabulary_id} has id {vocabulary.id}: restore the original."
+        )
     return vocabulary
 
 

@@ -1,9 +1,9 @@
 """What travels between stages, and how a failure travels with it.
 
-Rows are plain Arrow columns of one declared schema: encoded bytes may travel, raw frames and Python objects never do. A stage
-is a function from a row to rows. If it raises `StageError` the row goes on with status, stage, reason and detail filled in,
-and every later stage lets it through untouched: one bad source never costs another. (An exception that escapes a Ray Data
-task ends the whole run, and with `max_errored_blocks` it drops the good rows of the block too.)
+Rows are plain Arrow columns of one declared schema: encoded bytes may travel, raw frames and Python objects never do. A
+stage is a function from a row to rows. If it raises `StageError` the row goes on with status, stage, reason and detail
+filled in, and every later stage lets it through untouched: one bad source never costs another. (An exception that
+escapes a Ray Data task ends the whole run, and with `max_errored_blocks` it drops the good rows of the block too.)
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ ROW_SCHEMA = pa.schema(
 
 
 def run_stage(name: str, function: Callable[[Row], Iterable[Row]], table: pa.Table) -> pa.Table:
-    """Apply a stage to each row that is still well, and account for its wall seconds in column `{name}_s` if there is one."""
+    """Apply a stage to each row that is still well, and account for its wall seconds in column `{name}_s` if there is
+    one."""
     rows: list[Row] = []
     for row in table.to_pylist():
         if row["status"] is not None:

@@ -1,0 +1,222 @@
+"""The stages of ingestion: what each does to a row, and the actors that hold what is slow to load.
+
+The functions are plain Python on one row (tests call them without Ray); `apply` and the classes below them are how Ray
+Data runs them on Arrow batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import features, media, sink, transcribe, vocabulary
+from pipelines.dataset import ClipGrid, DatasetInfo, Folder, Sentence, filesystem_of
+from pipelines.errors import StageError
+from pipelines.rows import Row, run_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """Everything that decides what becomes of a source."""
+
+    clip_grid: ClipGrid = field(default_factory=ClipGrid)
+    media: media.MediaConfig = field(default_factory=media.MediaConfig)
+    transcribe: transcribe.TranscribeConfig = field(default_factory=transcribe.TranscribeConfig)
+    features: features.FeaturesConfig = field(default_factory=features.FeaturesConfig)
+    vocabulary: vocabulary.VocabularyConfig = field(default_factory=vocabulary.VocabularyConfig)
+    samples_per_shard: int = 64
+    """Samples in one shard; also how much work an interruption can cost."""
+    max_failure_rate: float = 0.5
+    """Share of quarantined sources above which the run stops, judged after 100 sources."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1 or not 0 < self.max_failure_rate <= 1:
+            raise ValueError("samples_per_shard must be at least 1 and max_failure_rate within (0, 1].")
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fetch_and_probe(row: Row, *, config: IngestConfig) -> Iterator[Row]:
+    """Adds video_id, probe, and the bytes where the file is not on this machine."""
+    if row["size_bytes"] > config.media.max_bytes:
+        raise StageError("too_large", f"{row['size_bytes']} bytes, media.max_bytes is {config.media.max_bytes}")
+    remote = "://" in row["uri"]
+    try:
+        data = _read(row["uri"]) if remote else None
+        with _as_file(row | {"media": data}) as path:
+            video_id = media.content_id(path)
+            found = media.probe(path, config=config.media)
+    except OSError as error:
+        raise StageError("fetch_failed", str(error)) from error
+    yield row | {"media": data, "video_id": video_id, "probe": json.dumps(found)}
+
+
+def transcode(row: Row, *, config: IngestConfig, folder: Folder) -> Iterator[Row]:
+    """One row per part: preview, sound and captions, on the clock."""
+    grid, found = config.clip_grid, json.loads(row["probe"])
+    with _as_file(row) as path:
+        made = media.transcode(path, found=found, grid=grid, config=config.media)
+        captions = _captions(row, path, found, config=config) if "captions" in config.transcribe.transcripts else []
+    if config.media.keep_previews:
+        folder.write(f"media/{row['video_id']}.mp4", made.preview)
+    part_s, start_s = made.part_frames / grid.fps, found["start_s"]
+    for index, preview in enumerate(made.parts):
+        begin_s, end_s = index * part_s, min((index + 1) * part_s, made.num_frames / grid.fps)
+        first, last = (round(t * media.SAMPLE_RATE) for t in (begin_s, end_s))
+        in_part = [c for c in captions if begin_s <= c.start_s < end_s]
+        yield row | {
+            "media": None,
+            "title": row["title"] or found["title"],
+            "detail": made.note or None,
+            "source_s": made.num_frames / grid.fps,
+            "num_parts": len(made.parts),
+            "part_index": index,
+            "part_start_s": start_s + begin_s,
+            "part_end_s": start_s + end_s,
+            "preview": preview,
+            "audio": made.sound[first:last].astype("<i2").tobytes(),
+            "captions": [dataclasses.asdict(c) for c in transcribe.shifted(in_part, by_s=start_s)],
+        }
+
+
+def transcribe_row(row: Row, *, recogniser: transcribe.Recogniser | None) -> Iterator[Row]:
+    """Adds the sentences of the part: its captions, else what the recogniser hears."""
+    heard: list[Sentence] = []
+    name, version = "none", ""
+    if row["captions"]:
+        name, version, heard = "captions", "", [Sentence(**caption) for caption in row["captions"]]
+    elif row["audio"] and recogniser is not None:
+        try:
+            relative = recogniser.transcribe(np.frombuffer(row["audio"], "<i2"))
+        except (RuntimeError, ValueError) as error:
+            raise StageError("transcribe_failed", f"{recogniser.name}: {error}") from error
+        heard = transcribe.shifted(relative, by_s=row["part_start_s"])
+        name, version = recogniser.name, recogniser.version
+    yield row | {
+        "audio": None,
+        "captions": None,
+        "sentences": [dataclasses.asdict(sentence) for sentence in heard],
+        "asr_name": name if heard else "none",
+        "asr_version": version,
+    }
+
+
+def extract_features(row: Row, *, extractor: Any, config: IngestConfig) -> Iterator[Row]:
+    """Adds the features of the part's clips, and lets go of its pictures."""
+    found = features.extract(row["preview"], extractor=extractor, grid=config.clip_grid, config=config.features)
+    yield row | {"preview": None, "num_clips": len(found), "features": found.tobytes()}
+
+
+def assign_tokens(row: Row, *, tree: vocabulary.Vocabulary, config: IngestConfig) -> Iterator[Row]:
+    """Adds the visual tokens."""
+    found = np.frombuffer(row["features"], np.float16).reshape(row["num_clips"], -1)
+    kept = row["features"] if config.features.store else None
+    yield row | {"features": kept, "visual_tokens": tree.assign(found).tobytes()}
+
+
+def _captions(row: Row, path: str, found: dict[str, Any], *, config: IngestConfig) -> list[Sentence]:
+    """Captions of a source, from a sidecar or its own text track; times from the container's start."""
+    if row["captions_uri"]:
+        try:
+            return transcribe.parse_captions(_read(row["captions_uri"]).decode("utf-8-sig", errors="replace"))
+        except OSError:  # the sidecar has gone since the listing: the source may still carry a track of its own
+            pass
+    wanted = config.transcribe.language
+    tracks = sorted(found["subtitles"], key=lambda t: not (t["language"] or "und").startswith((wanted, "und")))
+    texts = (media.read_captions(path, index=track["index"], config=config.media) for track in tracks)
+    return next((cues for cues in map(transcribe.parse_captions, texts) if cues), [])
+
+
+def _read(uri: str) -> bytes:
+    fs, path = filesystem_of(uri)
+    with fs.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+@contextmanager
+def _as_file(row: Row) -> Iterator[str]:
+    """The source as a file of this machine."""
+    if row["media"] is None:
+        yield row["uri"]
+        return
+    with tempfile.NamedTemporaryFile(prefix="videobert-", suffix=os.path.splitext(row["uri"])[1]) as file:
+        file.write(row["media"])
+        file.flush()
+        yield file.name
+
+
+def apply(
+    table: pa.Table, *, stage: str, function: Callable[..., Iterator[Row]], counter: Any = None, **kwargs: Any
+) -> pa.Table:
+    """Run a stage over a batch (see `rows.run_stage`) and count its rows."""
+    rows = run_stage(stage, functools.partial(function, **kwargs), table)
+    if counter is not None:
+        counter.add.remote(stage, rows.num_rows)
+    return rows
+
+
+class Transcribe:
+    """Actor: holds a speech recogniser."""
+
+    def __init__(self, *, config: IngestConfig, counter: Any) -> None:
+        self._recogniser = transcribe.make_recogniser(config.transcribe)
+        self._counter = counter
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return apply(
+            table, stage="transcribe", function=transcribe_row, counter=self._counter, recogniser=self._recogniser
+        )
+
+
+class Features:
+    """Actor: holds the feature extractor."""
+
+    def __init__(self, *, config: IngestConfig, num_threads: int, counter: Any) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self._extractor = features.load_extractor(config.features)
+        self._config = config
+        self._counter = counter
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        kwargs = {"extractor": self._extractor, "config": self._config}
+        return apply(table, stage="features", function=extract_features, counter=self._counter, **kwargs)
+
+
+def commit(
+    table: pa.Table, *, folder: Folder, info: DatasetInfo, lineage: dict[str, str], counter: Any = None
+) -> pa.Table:
+    """Publish a batch of finished and failed rows; returns their ledger rows."""
+    rows: list[Row] = table.to_pylist()
+    extractor = {"name": info.extractor, "digest": info.extractor_digest}
+    samples = [
+        sink.sample_of(
+            row,
+            grid=info.clip_grid,
+            extractor=extractor,
+            vocabulary=info.vocabulary,
+            num_tokens=info.num_visual_tokens,
+            lineage={k: v for k, v in lineage.items() if k != "run_id"},
+        )
+        for row in rows
+        if row["status"] is None
+    ]
+    common = {k: lineage[k] for k in ("run_id", "code_version")} | {"vocabulary": info.vocabulary}
+    ledger = sink.publish(rows, {sample.key: sample for sample in samples}, folder=folder, common=common)
+    if counter is not None:
+        counter.add.remote("commit", ledger.num_rows)
+    return ledger
