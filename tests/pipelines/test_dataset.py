@@ -1,0 +1,167 @@
+"""The shard contract: what ingestion writes, everyone reads, stock tools included."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.dataset import ClipGrid, Dataset, DatasetInfo, Folder, Sample, Sentence, read_members
+from pipelines.sink import build_shard, publish
+from pipelines.rows import ROW_SCHEMA, Row
+
+INFO = DatasetInfo(
+    clip_grid=ClipGrid(),
+    extractor="test",
+    extractor_digest="0" * 64,
+    feature_dim=4,
+    vocabulary="v",
+    num_visual_tokens=64,
+)
+
+
+def sample(video_id: str = "a" * 16, *, tokens: int = 5, sentences: tuple[Sentence, ...] = ()) -> Sample:
+    return Sample(
+        key=f"{video_id}-0000",
+        video_id=video_id,
+        source=f"/videos/{video_id}.mp4",
+        title="Zwiebeln schälen",
+        part_index=0,
+        part_start_s=2.0,
+        part_end_s=2.0 + tokens * 1.5,
+        clip_grid=ClipGrid(),
+        sentences=sentences,
+        language="en",
+        asr={"name": "captions", "version": ""},
+        extractor={"name": "test", "digest": "0"},
+        vocabulary="v",
+        lineage={"code_version": "t"},
+        visual_tokens=np.arange(tokens, dtype=np.uint16),
+        features=np.ones((tokens, 4), np.float16),
+    )
+
+
+def spoken(start_s: float, end_s: float, text: str = "chop") -> Sentence:
+    return Sentence(start_s=start_s, end_s=end_s, text=text, origin="captions")
+
+
+def write_dataset(root: Path, batches: list[list[Sample]]) -> Dataset:
+    folder = Folder.at(str(root))
+    folder.write("dataset.json", INFO.to_json())
+    for batch in batches:
+        rows: list[Row] = [
+            {name: None for name in ROW_SCHEMA.names}
+            | {"source_id": s.video_id, "uri": s.source, "video_id": s.video_id, "part_index": 0, "num_parts": 1}
+            | {"num_clips": len(s.visual_tokens), "attempt": 1}
+            for s in batch
+        ]
+        publish(rows, {s.key: s for s in batch}, folder=folder, common={"run_id": "r"})
+    return Dataset(str(root))
+
+
+def same(a: Sample, b: Sample) -> bool:
+    plain = [f.name for f in dataclasses.fields(Sample) if f.name not in ("visual_tokens", "features")]
+    arrays = np.array_equal(a.visual_tokens, b.visual_tokens) and np.array_equal(a.features, b.features)  # type: ignore[arg-type]
+    return arrays and all(getattr(a, name) == getattr(b, name) for name in plain)
+
+
+def test_a_sample_survives_its_members() -> None:
+    before = sample(sentences=(spoken(2.0, 3.5, "schäle & wasche"),))
+    assert same(Sample.from_members(before.members()), before)
+
+
+def test_a_sample_without_its_tokens_is_refused() -> None:
+    members = sample().members()
+    del members["a" * 16 + "-0000.tokens.npy"]
+    with pytest.raises(ValueError, match=r"lacks its members \['tokens.npy'\]"):
+        Sample.from_members(members)
+
+
+def test_shards_are_byte_reproducible_and_independent_of_arrival() -> None:
+    samples = [sample(letter * 16) for letter in "abc"]
+    assert build_shard(samples)[0] == build_shard(samples[::-1])[0]
+
+
+def test_offsets_point_at_each_samples_members() -> None:
+    samples = [sample(letter * 16, tokens=3 + ord(letter) % 3) for letter in "abc"]
+    data, places = build_shard(samples)
+    for one in samples:
+        offset, num_bytes = places[one.key]
+        assert same(Sample.from_members(read_members(data[offset : offset + num_bytes])), one)
+
+
+def test_stock_webdataset_reads_the_shards_in_six_lines(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[sample("a" * 16), sample("b" * 16)]])
+    import json
+
+    import webdataset as wds
+
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    for entry in wds.WebDataset(str(shard), shardshuffle=False):
+        record, tokens = json.loads(entry["json"]), np.load(__import__("io").BytesIO(entry["tokens.npy"]))
+        assert entry["__key__"] == record["key"]
+        assert tokens.shape == (5,)
+
+
+def test_readers_see_each_sample_once_even_if_two_writers_committed_it(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [[sample("a" * 16), sample("b" * 16)], [sample("b" * 16), sample("c" * 16)]])
+    assert sorted(s.video_id[0] for s in dataset.samples()) == ["a", "b", "c"]
+
+
+def test_a_shard_without_its_ledger_file_does_not_exist(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [[sample("a" * 16)]])
+    data, _ = build_shard([sample("z" * 16)])
+    dataset.folder.write("shards/orphan.tar", data)
+    assert [s.video_id[0] for s in dataset.samples()] == ["a"]
+
+
+def test_writing_the_same_batch_again_changes_nothing(tmp_path: Path) -> None:
+    first = write_dataset(tmp_path, [[sample("a" * 16)]])
+    digest, files = first.digest(), sorted(p.name for p in tmp_path.rglob("*"))
+    assert write_dataset(tmp_path, [[sample("a" * 16)]]).digest() == digest
+    assert sorted(p.name for p in tmp_path.rglob("*")) == files
+
+
+def test_a_missing_dataset_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="videobert ingest"):
+        Dataset(str(tmp_path))
+
+
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
+    folder = Folder.at(str(tmp_path))
+    with pytest.raises(TypeError):
+        folder.write("x/file", "not bytes")  # type: ignore[arg-type]
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_segments_take_the_tokens_whose_clip_overlaps_the_sentence() -> None:
+    (first, second) = sample(sentences=(spoken(2.1, 3.4), spoken(3.4, 6.6))).segments()
+    assert first.visual_tokens.tolist() == [0]
+    assert second.visual_tokens.tolist() == [0, 1, 2, 3]  # clips begin at 2.0, 3.5, 5.0, 6.5, 8.0 s
+    assert second.first_clip == 0
+
+
+def test_a_sentence_behind_the_last_clip_keeps_its_text_without_tokens() -> None:
+    (segment,) = sample(sentences=(spoken(20.0, 21.0, "bye"),)).segments()
+    assert (segment.text, len(segment.visual_tokens)) == ("bye", 0)
+
+
+def test_without_speech_sixteen_tokens_make_a_segment() -> None:
+    lengths = [len(segment.visual_tokens) for segment in sample(tokens=35).segments()]
+    assert lengths == [16, 16, 3]
+
+
+@given(frames=st.integers(0, 500), num=st.integers(1, 40), stride=st.integers(1, 40))
+def test_every_whole_clip_is_counted_and_no_other(frames: int, num: int, stride: int) -> None:
+    grid = ClipGrid(num_frames=num, stride_frames=stride)
+    starts = [s for s in range(0, frames, stride) if s + num <= frames]
+    assert grid.num_clips(frames) == len(starts)
+
+
+def test_an_impossible_clip_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="fps > 0"):
+        ClipGrid(fps=0)
