@@ -153,7 +153,7 @@ def test_the_page_shows_the_ledger_and_its_warnings(page: str) -> None:
 
 def test_the_page_shows_strips_of_four_frames_and_a_filmstrip_of_clips(page: str) -> None:
     sizes = {picture.size for picture in pictures(page)}
-    assert sizes == {(4 * 96, 96), (132, 132)}
+    assert sizes == {(4 * 96 + 3 * 2, 96), (132, 132)}
     assert "now watch the counter" in page
 
 
@@ -168,7 +168,7 @@ def test_a_video_without_preview_is_left_out_and_said(dataset: Dataset, tmp_path
     shutil.copytree(dataset.url, tmp_path / "copy")
     (tmp_path / "copy" / "media" / "colours.mp4").unlink()
     page = render_page(Dataset(str(tmp_path / "copy")), tmp_path / "page.html").read_text()
-    assert "1 videos have no preview" in page
+    assert "1 video has no preview" in page
     assert "look at the colours" not in page
     assert pictures(page)
 
@@ -202,7 +202,7 @@ def test_the_nearest_clips_are_those_nearest_to_the_centroid(dataset: Dataset) -
             mine = np.flatnonzero(sample.visual_tokens == token)
             gaps = (sample.features[mine].astype(np.float32) - tree.centroids()[token]) / tree.scale
             best = int(mine[np.linalg.norm(gaps, axis=1).argmin()])
-            assert gathered.nearest[token][sample.video_id].start_s == sample.clip_span_s(best)[0]
+            assert gathered.nearest[token][0, sample.video_id].start_s == sample.clip_span_s(best)[0]
 
 
 def test_no_more_samples_are_read_than_allowed(dataset: Dataset) -> None:

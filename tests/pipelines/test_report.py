@@ -99,6 +99,7 @@ def test_the_numbers_are_those_of_the_samples() -> None:
     ("rows", "shards", "words"),
     [
         ([part("a")], {"a.tar"}, "0 sources are listed"),
+        ([listing("a"), part("a"), part("b", source_id=None)], {"a.tar"}, "1 ledger rows name no source"),
         ([listing("a"), part("a")], set(), "1 shards of the ledger are missing"),
         ([listing("a"), part("a"), listing("b"), part("b", key="va-0")], {"a.tar"}, "1 sample keys"),
     ],
