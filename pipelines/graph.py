@@ -1,23 +1,25 @@
 """The ingestion graph: discover -> fetch+probe -> transcode -> transcribe -> features -> tokens -> sink, on Ray Data.
 
-Two chains, because a dataset's first run has to see features before it can make tokens: `extracted_rows` ends where the
-vocabulary is needed and `committed_rows` begins there. `pipelines.ingest` joins them into a run. What moves between
+Two chains, because a dataset's first run has to see features before it can make tokens: `extracted` ends where the
+vocabulary is needed and `committed` begins there. `pipelines.ingest` joins them into a run. What moves between
 stages is declared in `pipelines.rows`; each stage has its own resources, derived by `allot_workers` so that the sum
 always fits.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from pipelines import stages, vocabulary
+from pipelines import stages
 from pipelines.dataset import DatasetInfo, Folder
 from pipelines.stages import IngestConfig
+from pipelines.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +47,14 @@ def allot_workers(*, cpus: float, gpus: float, num_sources: int) -> Workers:
     """
     cores = max(1, int(cpus))
     num_features = max(1, min(int(gpus) or cores, num_sources))
-    num_transcribe = max(1, min(cores // 2, num_sources))
+    num_transcribe = max(1, min(cores, num_sources))
     workers = Workers(
         num_features=num_features,
-        features_cpus=0.5 * cpus / max(num_features, cpus / 2),  # never above one CPU each
+        features_cpus=min(1.0, 0.5 * cpus / num_features),  # Ray takes fractions below one CPU only
         features_gpus=1.0 if gpus >= 1 else 0.0,
         features_threads=max(1, cores // num_features),
         num_transcribe=num_transcribe,
-        transcribe_cpus=0.2 * cpus / max(num_transcribe, cpus / 5),
+        transcribe_cpus=min(1.0, 0.2 * cpus / num_transcribe),
         num_transcode=max(1, cores // 2),
     )
     reserved = num_features * workers.features_cpus + num_transcribe * workers.transcribe_cpus
@@ -65,76 +67,57 @@ def allot_workers(*, cpus: float, gpus: float, num_sources: int) -> Workers:
     return workers
 
 
-def extracted_rows(
-    listing: pa.Table, *, config: IngestConfig, folder: Folder, workers: Workers, counter: Any = None
-) -> ray.data.Dataset:
-    """Sources (rows of ROW_SCHEMA) to rows with features: one chain, top to bottom."""
-    batch = {"batch_size": 1, "batch_format": "pyarrow"}
-    counted = {"config": config, "counter": counter}
-    cpus = workers.transcode_cpus  # the same for both, so that Ray fuses them and fetched bytes stay in the process
-    return (
-        ray.data.from_arrow(_blocks(listing))
-        .map_batches(
-            stages.apply,
-            fn_kwargs={"stage": "fetch", "function": stages.fetch_and_probe, "config": config},
-            num_cpus=cpus,
-            compute=ray.data.TaskPoolStrategy(size=workers.num_transcode),
-            **batch,
-        )
-        .map_batches(
-            stages.apply,
-            fn_kwargs={"stage": "transcode", "function": stages.transcode, "folder": folder, **counted},
-            num_cpus=cpus,
-            compute=ray.data.TaskPoolStrategy(size=workers.num_transcode),
-            **batch,
-        )
-        .map_batches(
-            stages.Transcribe,
-            fn_constructor_kwargs=counted,
-            num_cpus=workers.transcribe_cpus,
-            compute=ray.data.ActorPoolStrategy(size=workers.num_transcribe),
-            **batch,
-        )
-        .map_batches(
-            stages.Features,
-            fn_constructor_kwargs=counted | {"num_threads": workers.features_threads},
-            num_cpus=workers.features_cpus,
-            num_gpus=workers.features_gpus or None,
-            compute=ray.data.ActorPoolStrategy(size=workers.num_features),
-            **batch,
-        )
-    )
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The two chains over one dataset folder."""
 
+    config: IngestConfig
+    folder: Folder
+    workers: Workers
+    counter: Any = None  # actor handle of a progress.Counter
 
-def committed_rows(
-    rows: ray.data.Dataset,
-    *,
-    tree: vocabulary.Vocabulary,
-    info: DatasetInfo,
-    config: IngestConfig,
-    folder: Folder,
-    lineage: dict[str, str],
-    workers: Workers,
-    counter: Any = None,
-) -> ray.data.Dataset:
-    """Rows with features to ledger rows: tokens, then one shard per batch."""
-    return rows.map_batches(
-        stages.apply,
-        fn_kwargs={"stage": "tokens", "function": stages.assign_tokens, "tree": tree, "config": config},
-        num_cpus=workers.light_cpus,
-        batch_size=1,
-        batch_format="pyarrow",
-    ).map_batches(
-        stages.commit,
-        fn_kwargs={"folder": folder, "info": info, "lineage": lineage, "counter": counter},
-        num_cpus=workers.light_cpus,
-        batch_size=config.samples_per_shard,
-        batch_format="pyarrow",
-    )
+    def extracted(self, listing: pa.Table) -> ray.data.Dataset:
+        """Sources (rows of ROW_SCHEMA) to rows with features."""
+        told = {"config": self.config, "counter": self.counter}
+        one = {"batch_size": 1, "batch_format": "pyarrow"}
+        # The same resources for both tasks, so that Ray fuses them and fetched bytes stay in the process.
+        task = {"num_cpus": self.workers.transcode_cpus, "compute": TaskPoolStrategy(size=self.workers.num_transcode)}
+        return (
+            ray.data.from_arrow(_blocks(listing))
+            .map_batches(stages.on_batches(stages.fetch_and_probe, stage="fetch", config=self.config), **task, **one)
+            .map_batches(
+                stages.on_batches(stages.transcode, stage="transcode", folder=self.folder, **told), **task, **one
+            )
+            .map_batches(
+                stages.Transcribe,
+                fn_constructor_kwargs=told,
+                num_cpus=self.workers.transcribe_cpus,
+                compute=ActorPoolStrategy(size=self.workers.num_transcribe),
+                **one,
+            )
+            .map_batches(
+                stages.Features,
+                fn_constructor_kwargs=told | {"num_threads": self.workers.features_threads},
+                num_cpus=self.workers.features_cpus,
+                num_gpus=self.workers.features_gpus or None,
+                compute=ActorPoolStrategy(size=self.workers.num_features),
+                **one,
+            )
+        )
+
+    def committed(
+        self, rows: ray.data.Dataset, *, tree: Vocabulary, info: DatasetInfo, lineage: dict[str, str]
+    ) -> ray.data.Dataset:
+        """Rows with features to ledger rows: tokens, then one shard per batch."""
+        commit = functools.partial(stages.commit, folder=self.folder, info=info, lineage=lineage, counter=self.counter)
+        light = {"num_cpus": self.workers.light_cpus, "batch_format": "pyarrow"}
+        assign = stages.on_batches(stages.assign_tokens, stage="tokens", tree=tree, config=self.config)
+        return rows.map_batches(assign, batch_size=1, **light).map_batches(
+            commit, batch_size=self.config.samples_per_shard, **light
+        )
 
 
 def _blocks(listing: pa.Table, *, max_blocks: int = 4096) -> list[pa.Table]:
-    """One source a block, so that work spreads and a slow source holds up nothing but itself; larger corpora share
-    blocks."""
+    """One source a block, so that work spreads and a slow source holds up itself only; large corpora share blocks."""
     rows = max(1, -(-listing.num_rows // max_blocks))
     return [listing.slice(first, rows) for first in range(0, listing.num_rows, rows)]

@@ -7,7 +7,6 @@ of a sample of the sources, fits the vocabulary, and goes on with those same fea
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import os
@@ -23,7 +22,7 @@ import ray.data
 from pipelines import features, report, sink, sources, transcribe, vocabulary
 from pipelines.dataset import LEDGER_SCHEMA, DatasetInfo, Folder, read_ledger
 from pipelines.errors import REASONS
-from pipelines.graph import allot_workers, committed_rows, extracted_rows
+from pipelines.graph import Graph, allot_workers
 from pipelines.progress import Counter, Reporter
 from pipelines.rows import ROW_SCHEMA, Row
 from pipelines.stages import IngestConfig
@@ -142,7 +141,9 @@ class _Run:
                 failed_before = outcome is not None and outcome["outcome"] == "quarantined"
                 attempt = (outcome["attempt"] if outcome and failed_before else 0) + 1
                 todo.append(_listing_row(source, attempt=attempt, status=None))
-        return todo
+        return sorted(
+            todo, key=lambda row: -row["size_bytes"]
+        )  # the long ones first, or the last one is waited for alone
 
     def process(self, todo: list[Row]) -> None:
         """Run the graph over the rows and judge what comes out."""
@@ -150,31 +151,19 @@ class _Run:
         workers = allot_workers(cpus=resources.get("CPU", 1.0), gpus=resources.get("GPU", 0.0), num_sources=len(todo))
         ray.data.DataContext.get_current().enable_progress_bars = False
         counter = ray.remote(num_cpus=0)(Counter).remote()
-        chain = functools.partial(
-            extracted_rows, config=self.config, folder=self.folder, workers=workers, counter=counter
-        )
+        graph = Graph(config=self.config, folder=self.folder, workers=workers, counter=counter)
         with Reporter(counter, num_sources=len(todo), say=self.say):
             if self.info is None:
                 sample, rest = self._sample(todo)
-                tree, rows = self._fit_vocabulary(chain(sample))
-                rows = rows.union(chain(rest)) if rest.num_rows else rows
+                tree, rows = self._fit_vocabulary(graph.extracted(sample))
+                rows = rows.union(graph.extracted(rest)) if rest.num_rows else rows
             else:
                 tree = vocabulary.load(self.info.vocabulary, self.folder)
-                rows = chain(_row_table(todo))
+                rows = graph.extracted(_row_table(todo))
             if tree is None or self.info is None:
                 self._commit_failures_only(rows)
                 return
-            committed = committed_rows(
-                rows,
-                tree=tree,
-                info=self.info,
-                config=self.config,
-                folder=self.folder,
-                lineage=self.lineage,
-                workers=workers,
-                counter=counter,
-            )
-            self._consume(committed)
+            self._consume(graph.committed(rows, tree=tree, info=self.info, lineage=self.lineage))
 
     def _sample(self, todo: list[Row]) -> tuple[pa.Table, pa.Table]:
         """Sources for the first vocabulary, and the others; chosen by hash, so neither by name nor by age."""

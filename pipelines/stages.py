@@ -1,7 +1,7 @@
 """The stages of ingestion: what each does to a row, and the actors that hold what is slow to load.
 
-The functions are plain Python on one row (tests call them without Ray); `apply` and the classes below them are how Ray
-Data runs them on Arrow batches.
+The functions are plain Python on one row (tests call them without Ray); `on_batches` and the classes below
+them are how Ray Data runs them on Arrow batches.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fetch_and_probe(row: Row, *, config: IngestConfig) -> Iterator[Row]:
             found = media.probe(path, config=config.media)
     except OSError as error:
         raise StageError("fetch_failed", str(error)) from error
-    yield row | {"media": data, "video_id": video_id, "probe": json.dumps(found)}
+    yield row | {"media": data, "video_id": video_id, "probe": json.dumps(found), "source_s": found["duration_s"]}
 
 
 def transcode(row: Row, *, config: IngestConfig, folder: Folder) -> Iterator[Row]:
@@ -158,43 +158,46 @@ def _as_file(row: Row) -> Iterator[str]:
         yield file.name
 
 
-def apply(
-    table: pa.Table, *, stage: str, function: Callable[..., Iterator[Row]], counter: Any = None, **kwargs: Any
-) -> pa.Table:
-    """Run a stage over a batch (see `rows.run_stage`) and count its rows."""
-    rows = run_stage(stage, functools.partial(function, **kwargs), table)
-    if counter is not None:
-        counter.add.remote(stage, rows.num_rows)
-    return rows
+def on_batches(
+    function: Callable[..., Iterator[Row]], *, stage: str, counter: Any = None, **kwargs: Any
+) -> Callable[[pa.Table], pa.Table]:
+    """A stage's function on rows as a function on Arrow batches, under the same name in Ray's plan and dashboard."""
+
+    def batch(table: pa.Table) -> pa.Table:
+        rows = run_stage(stage, functools.partial(function, **kwargs), table)
+        if counter is not None:
+            counter.add.remote(stage, rows.num_rows)
+        return rows
+
+    batch.__name__ = function.__name__
+    return batch
 
 
 class Transcribe:
     """Actor: holds a speech recogniser."""
 
     def __init__(self, *, config: IngestConfig, counter: Any) -> None:
-        self._recogniser = transcribe.make_recogniser(config.transcribe)
-        self._counter = counter
+        recogniser = transcribe.make_recogniser(config.transcribe)
+        self._batch = on_batches(transcribe_row, stage="transcribe", counter=counter, recogniser=recogniser)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return apply(
-            table, stage="transcribe", function=transcribe_row, counter=self._counter, recogniser=self._recogniser
-        )
+        return self._batch(table)
 
 
 class Features:
     """Actor: holds the feature extractor."""
 
-    def __init__(self, *, config: IngestConfig, num_threads: int, counter: Any) -> None:
+    def __init__(self, *, config: IngestConfig, counter: Any, num_threads: int) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
-        self._extractor = features.load_extractor(config.features)
-        self._config = config
-        self._counter = counter
+        extractor = features.load_extractor(config.features)
+        self._batch = on_batches(
+            extract_features, stage="features", counter=counter, extractor=extractor, config=config
+        )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        kwargs = {"extractor": self._extractor, "config": self._config}
-        return apply(table, stage="features", function=extract_features, counter=self._counter, **kwargs)
+        return self._batch(table)
 
 
 def commit(

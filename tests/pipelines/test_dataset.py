@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dataset import ClipGrid, Dataset, DatasetInfo, Folder, Sample, Sentence, read_members
-from pipelines.sink import build_shard, publish
 from pipelines.rows import ROW_SCHEMA, Row
+from pipelines.sink import build_shard, publish
 
 INFO = DatasetInfo(
     clip_grid=ClipGrid(),
@@ -54,7 +54,7 @@ def write_dataset(root: Path, batches: list[list[Sample]]) -> Dataset:
     folder.write("dataset.json", INFO.to_json())
     for batch in batches:
         rows: list[Row] = [
-            {name: None for name in ROW_SCHEMA.names}
+            dict.fromkeys(ROW_SCHEMA.names)
             | {"source_id": s.video_id, "uri": s.source, "video_id": s.video_id, "part_index": 0, "num_parts": 1}
             | {"num_clips": len(s.visual_tokens), "attempt": 1}
             for s in batch

@@ -11,12 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tests.conftest import ffmpeg
 
 from pipelines import media
 from pipelines.dataset import ClipGrid
 from pipelines.errors import StageError
 from pipelines.media import MediaConfig
+from tests.conftest import ffmpeg
 
 GRID = ClipGrid()
 MakeVideo = Callable[..., Path]

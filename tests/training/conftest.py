@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +17,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, DatasetInfo, Sample, Sentence
+from training import recipes
+from training.recipes import PretrainConfig
 
 VERBS = ("chop", "stir", "pour", "grate", "whisk", "peel")
 OBJECTS = ("onion", "carrot", "tomato", "cheese", "garlic", "pepper", "mushroom", "potato")
 PHRASES = (
     "now {} the {}",
     "you {} the {} like this",
-    "let me show you how to {} the {}",
+    "Now let me show you how to {} the {}.",
     "next we {} the {} in the pan",
 )
 CHATTER = ("thank you for watching", "do not forget to subscribe", "this is my favourite recipe")
@@ -129,6 +132,22 @@ def write_dataset(root: Path, samples: list[Sample], centroids: np.ndarray) -> s
     )
     (root / "dataset.json").write_bytes(info.to_json())
     return str(root)
+
+
+def small_config(**optim: Any) -> PretrainConfig:
+    """A model and packs so small that a step takes milliseconds."""
+    config = recipes.tiny()
+    shape = {"num_layers": 2, "hidden": 16, "num_heads": 2, "intermediate": 32}
+    return replace(
+        config,
+        model=replace(config.model, **shape),
+        plan=replace(config.plan, token_budget=128),
+        optim=replace(config.optim, **{"steps": 6, "packs_per_step": 3, "warmup_steps": 2, **optim}),
+        checkpoint_every_steps=3,
+        eval_every_steps=3,
+        log_every_steps=1,
+        workers=1,
+    )
 
 
 @pytest.fixture(scope="session")
