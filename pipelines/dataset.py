@@ -299,8 +299,13 @@ def filesystem_of(url: str) -> tuple[pafs.FileSystem, str]:
     if "://" in url:
         fs, path = pafs.FileSystem.from_uri(url)
     else:
-        fs, path = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
+        fs, path = pafs.LocalFileSystem(), absolute_url(url)
     return fs, path.rstrip("/")
+
+
+def absolute_url(url: str) -> str:
+    """The same place for processes in any working directory."""
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
 class Dataset:
@@ -308,7 +313,7 @@ class Dataset:
 
     def __init__(self, url: str) -> None:
         """Raises FileNotFoundError where there is no dataset."""
-        self.url = url
+        self.url = absolute_url(url)
         self.folder = Folder.at(url)
         if not self.folder.exists("dataset.json"):
             raise FileNotFoundError(f"no dataset at {url}: make one with `videobert ingest SOURCE --dataset {url}`.")

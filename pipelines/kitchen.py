@@ -14,7 +14,6 @@ in a worker process, which also keeps the library out of the caller.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ import wave
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,13 @@ CHATTER = (
     "Please subscribe to my channel.",
 )
 
+SPEECH_RATE = 22_050  # samples a second, espeak-ng's own
 _PAUSE_S = 0.25  # least silence between two sentences
 _LEAD_S = (0.6, 1.6)  # the empty kitchen before the first step
 _TAIL_S = 1.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class KitchenConfig:
     """Size and variation of the corpus; the same config gives the same truth."""
 
@@ -118,12 +119,11 @@ class _Speech:
 
     text: str
     start_s: float
-    samples: np.ndarray  # int16, mono
-    sample_rate: int
+    sound: np.ndarray  # int16, mono, at SPEECH_RATE
 
     @property
     def end_s(self) -> float:
-        return round(self.start_s + len(self.samples) / self.sample_rate, 3)
+        return round(self.start_s + len(self.sound) / SPEECH_RATE, 3)
 
     def truth(self) -> dict[str, Any]:
         return {"sentence": self.text, "sentence_start_s": self.start_s, "sentence_end_s": self.end_s}
@@ -144,6 +144,8 @@ def make_kitchen(
     """
     if importlib.util.find_spec("espeakng_loader") is None:
         raise RuntimeError("the kitchen's voice is missing: pip install 'videobert[demo]' (espeakng-loader).")
+    from pipelines.media import ffmpeg_path  # loads PyAV, which the workers do not need
+
     out_dir.mkdir(parents=True, exist_ok=True)
     names = [f"kitchen-{index:03d}.mp4" for index in range(config.num_videos)]
     videos = [out_dir / name for name in names]
@@ -157,10 +159,11 @@ def make_kitchen(
         (out_dir / name).unlink(missing_ok=True)
         truth_path(out_dir / name).unlink(missing_ok=True)
     _write_json(out_dir / MARKER, wanted | {"complete": False})
+    ffmpeg = ffmpeg_path()
     workers = min(num_processes or min(2, os.cpu_count() or 1), len(videos))
-    # Spawned, not forked: the caller may hold threads (Ray, torch), and espeak-ng must start clean.
+    # Spawned, not forked: the caller may hold threads (Ray, torch).
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_make_video, video, index, config) for index, video in enumerate(videos)]
+        jobs = [pool.submit(_make_video, video, index, config, ffmpeg) for index, video in enumerate(videos)]
         for num_done, job in enumerate(as_completed(jobs), start=1):
             job.result()
             if progress:
@@ -210,7 +213,7 @@ def _in_turns(items: tuple[str, ...], *, seed: int, start: int, num: int) -> lis
     return [items[order[(position + i) % len(items)]] for i in range(num)]
 
 
-def _make_video(video: Path, index: int, config: KitchenConfig) -> None:
+def _make_video(video: Path, index: int, config: KitchenConfig, ffmpeg: str) -> None:
     """Plan, speak, draw and encode one video; the truth is written last."""
     rng = np.random.default_rng([config.seed, index, 0])
     truth, speeches = _plan_video(video.name, index=index, config=config, rng=rng)
@@ -218,7 +221,7 @@ def _make_video(video: Path, index: int, config: KitchenConfig) -> None:
         sound, captions, made = (Path(scratch, name) for name in ("sound.wav", "captions.srt", "video.mp4"))
         _write_sound(sound, speeches, duration_s=truth["duration_s"])
         captions.write_text(_srt(speeches))
-        command = _ffmpeg_command(config, sound=sound, captions=captions if truth["captions"] else None)
+        command = _ffmpeg_command(ffmpeg, config, sound=sound, captions=captions if truth["captions"] else None)
         title = ["-metadata", f"title={truth['recipe'].capitalize()}"]
         _encode([*command, *title, str(made)], _frames(truth, config=config, rng=rng))
         made.replace(video)
@@ -231,39 +234,30 @@ def _plan_video(
     """The truth of a video, and its sentences in the order of speaking."""
     low, high = config.steps_per_video
     dish, plan = plan_recipe(seed=config.seed, index=index, num_steps=int(rng.integers(low, high + 1)))
-    things = list(dict.fromkeys(thing for _, thing in plan))
+    script = [_lines(verb, thing, config=config, rng=rng) for verb, thing in plan]
+    spoken = iter(_speak([text for lines in script for text in lines]))
     steps: list[dict[str, Any]] = []
     chatter: list[dict[str, Any]] = []
     speeches: list[_Speech] = []
     clock_s, silent_from_s = round(rng.uniform(*_LEAD_S), 3), 0.0
-
-    def say(text: str, *, wanted_s: float) -> _Speech:
-        nonlocal silent_from_s
-        samples, sample_rate = _speak(text)
-        speech = _Speech(
-            text=text, start_s=round(max(wanted_s, silent_from_s), 3), samples=samples, sample_rate=sample_rate
-        )
-        silent_from_s = speech.end_s + _PAUSE_S
-        speeches.append(speech)
-        return speech
-
-    for number, (verb, thing) in enumerate(plan):
-        text = TEMPLATES[rng.integers(len(TEMPLATES))].format(verb=verb, thing=thing)
-        spoken = say(text, wanted_s=clock_s + rng.uniform(-config.jitter_s, config.jitter_s))
-        if rng.random() < config.chatter_rate:
-            aside = say(CHATTER[rng.integers(len(CHATTER))], wanted_s=silent_from_s + rng.uniform(0, 0.3))
-            chatter.append(aside.truth())
-        # The next sentence may begin `jitter_s` early: hold the pictures until this one's words are over by then.
+    for number, ((verb, thing), lines) in enumerate(zip(plan, script, strict=True)):
+        wanted_s = clock_s + rng.uniform(-config.jitter_s, config.jitter_s)
+        for text in lines:
+            speech = _Speech(text=text, start_s=round(max(wanted_s, silent_from_s), 3), sound=next(spoken))
+            speeches.append(speech)
+            silent_from_s = speech.end_s + _PAUSE_S
+        told = speeches[-len(lines) :]
+        chatter += [speech.truth() for speech in told[1:]]
+        # The pictures wait for the words, so that every sentence begins while its own step is near.
         end_s = round(max(clock_s + rng.uniform(*config.step_s), silent_from_s), 3)
-        steps.append(
-            {"index": number, "verb": verb, "object": thing, "start_s": clock_s, "end_s": end_s} | spoken.truth()
-        )
+        steps.append({"index": number, "verb": verb, "object": thing, "start_s": clock_s, "end_s": end_s})
+        steps[-1] |= told[0].truth()
         clock_s = end_s
     silent = np.random.default_rng([config.seed, 3]).permutation(config.num_videos)[: config.num_without_captions]
     truth = {
         "video": name,
         "seed": config.seed,
-        "recipe": f"{' and '.join(things)} {dish}",
+        "recipe": f"{' and '.join(dict.fromkeys(thing for _, thing in plan))} {dish}",
         "dish": dish,
         "captions": index not in silent,
         "duration_s": round(clock_s + _TAIL_S, 3),
@@ -273,6 +267,14 @@ def _plan_video(
         "objects": list(OBJECTS),
     }
     return truth, speeches
+
+
+def _lines(verb: str, thing: str, *, config: KitchenConfig, rng: np.random.Generator) -> list[str]:
+    """What is said during a step: its sentence, and sometimes one about something else."""
+    lines = [TEMPLATES[rng.integers(len(TEMPLATES))].format(verb=verb, thing=thing)]
+    if rng.random() < config.chatter_rate:
+        lines.append(CHATTER[rng.integers(len(CHATTER))])
+    return lines
 
 
 def _frames(truth: dict[str, Any], *, config: KitchenConfig, rng: np.random.Generator) -> Iterator[bytes]:
@@ -290,12 +292,10 @@ def _frames(truth: dict[str, Any], *, config: KitchenConfig, rng: np.random.Gene
     yield from [scene.background.tobytes()] * (num_frames - shown)
 
 
-def _ffmpeg_command(config: KitchenConfig, *, sound: Path, captions: Path | None) -> list[str]:
+def _ffmpeg_command(ffmpeg: str, config: KitchenConfig, *, sound: Path, captions: Path | None) -> list[str]:
     """Raw pictures on stdin, sound and captions from files; without the output path, which comes last."""
-    from pipelines.media import ffmpeg_path
-
     size = f"{config.width}x{config.height}"
-    command = [ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y"]
+    command = [ffmpeg, "-nostdin", "-loglevel", "error", "-y"]
     command += [
         "-f",
         "rawvideo",
@@ -339,16 +339,14 @@ def _encode(command: list[str], frames: Iterator[bytes]) -> None:
 
 def _write_sound(path: Path, speeches: list[_Speech], *, duration_s: float) -> None:
     """A mono WAV of `duration_s` seconds: the sentences at their times, digital silence between."""
-    rate = speeches[0].sample_rate
-    track = np.zeros(round(duration_s * rate), np.int16)
+    track = np.zeros(round(duration_s * SPEECH_RATE), np.int16)
     for speech in speeches:
-        first = round(speech.start_s * rate)
-        samples = speech.samples[: max(0, len(track) - first)]
-        track[first : first + len(samples)] = samples
+        first = round(speech.start_s * SPEECH_RATE)
+        track[first : first + len(speech.sound)] = speech.sound
     with wave.open(str(path), "wb") as out:
         out.setnchannels(1)
         out.setsampwidth(2)
-        out.setframerate(rate)
+        out.setframerate(SPEECH_RATE)
         out.writeframes(track.tobytes())
 
 
@@ -371,25 +369,36 @@ _UTF8 = 1
 _SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
-@functools.cache
-def _voice() -> tuple[ctypes.CDLL, int]:
-    """(espeak-ng, its sample rate), started once in this process with an English voice at 145 words a minute."""
+def _speak(sentences: list[str]) -> list[np.ndarray]:
+    """The sound of each sentence, int16 mono at SPEECH_RATE, silence at its ends cut off.
+
+    espeak-ng carries noise and phase from one sentence to the next; a child that has never spoken makes the result depend
+    on the sentences alone. It is forked (milliseconds): this process is a worker without threads.
+    """
+    context = multiprocessing.get_context("fork")
+    results, send = context.Pipe(duplex=False)
+    child = context.Process(target=_speak_into, args=(send, sentences))
+    child.start()
+    send.close()
+    try:
+        return list(results.recv())
+    except EOFError as error:
+        raise RuntimeError(
+            "espeak-ng did not speak: reinstall it with pip install --force-reinstall espeakng-loader."
+        ) from error
+    finally:
+        child.join()
+
+
+def _speak_into(results: Connection, sentences: list[str]) -> None:
     import espeakng_loader
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
-    sample_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-    if sample_rate <= 0 or library.espeak_SetVoiceByName(b"en-us") != 0:
-        raise RuntimeError(
-            "espeak-ng did not start: reinstall the voice with pip install --force-reinstall espeakng-loader."
-        )
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
+    if rate != SPEECH_RATE or library.espeak_SetVoiceByName(b"en-us") != 0:
+        raise RuntimeError(f"espeak-ng did not start its English voice at {SPEECH_RATE} Hz (got {rate}).")
     library.espeak_SetParameter(_RATE_WPM, 145, 0)
     library.espeak_SetParameter(_PITCH, 45, 0)
-    return library, sample_rate
-
-
-def _speak(text: str) -> tuple[np.ndarray, int]:
-    """(int16 mono samples, sample rate) of a spoken sentence, silence at its ends cut off."""
-    library, sample_rate = _voice()
     pieces: list[np.ndarray] = []
 
     def collect(samples: Any, num_samples: int, _events: Any) -> int:
@@ -399,14 +408,15 @@ def _speak(text: str) -> tuple[np.ndarray, int]:
 
     callback = _SYNTH_CALLBACK(collect)
     library.espeak_SetSynthCallback(callback)
-    data = text.encode()
-    library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, _UTF8, None, None)
-    library.espeak_Synchronize()
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.int16)
-    loud = np.flatnonzero(np.abs(samples.astype(np.int32)) > 100)
-    if not len(loud):
-        raise RuntimeError(f"espeak-ng gave no sound for {text!r}: reinstall espeakng-loader.")
-    return samples[loud[0] : loud[-1] + 1], sample_rate
+    sounds = []
+    for sentence in sentences:
+        pieces.clear()
+        data = sentence.encode()
+        library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, _UTF8, None, None)
+        sound = np.concatenate(pieces)
+        loud = np.flatnonzero(np.abs(sound.astype(np.int32)) > 100)
+        sounds.append(sound[loud[0] : loud[-1] + 1])
+    results.send(sounds)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

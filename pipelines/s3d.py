@@ -302,7 +302,8 @@ def _fuse(model: S3D) -> S3D:
     for block in fused.eval().modules():
         if isinstance(block, ConvNormAct):
             conv, norm = block[0], block[1]
-            assert isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d)
+            assert isinstance(conv, nn.Conv3d)
+            assert isinstance(norm, nn.BatchNorm3d)
             block[0], block[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return fused.requires_grad_(False)
 

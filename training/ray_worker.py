@@ -26,7 +26,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.dataset import Dataset, filesystem_of
-from training import registry, tracking
+from training import tracking
 from training.loop import Rank
 from training.recipes import PretrainConfig
 from training.run import Metrics, RunSpec, build_model, prepare, read_material, work, write_run_file
@@ -50,12 +50,12 @@ class PretrainResult:
     @property
     def model_uri(self) -> str:
         """What `videobert evaluate --model` takes."""
-        return f"models:/{registry.MODEL_NAME}/{self.version}" if self.version else self.model_folder
+        return f"models:/{tracking.MODEL_NAME}/{self.version}" if self.version else self.model_folder
 
     def summary(self) -> str:
         """A line for people."""
         how = f"trained in {self.train_s:.0f} s" if self.train_s else "was already trained"
-        return f"run {self.name}: {self.steps} steps, {how}, {self.model_uri} (alias {registry.CANDIDATE})"
+        return f"run {self.name}: {self.steps} steps, {how}, {self.model_uri} (alias {tracking.CANDIDATE})"
 
 
 def pretrain(
@@ -242,6 +242,8 @@ def _register(spec: RunSpec, folder: Path) -> str | None:
     tags = {"dataset_digest": str(spec.identity["dataset"]), "recipe": spec.config.recipe}
 
     def publish() -> str:
+        from training import registry  # with MLflow's slow import, which the workers do not need
+
         return registry.register(folder, uri=spec.tracking_uri, run_id=run_id, tags=tags)
 
     version = tracking.attempt("registering the model", publish)

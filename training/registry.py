@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,11 +16,9 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from training.predictor import DEFAULT_TOP_K
-from training.tracking import client
+from training.tracking import CANDIDATE, CHAMPION, MODEL_NAME, client
 from training.trained import TrainedModel
 
-MODEL_NAME = "videobert"
-CANDIDATE, CHAMPION = "candidate", "champion"
 REQUIREMENTS = ("torch", "numpy", "pandas", "safetensors", "tokenizers", "mlflow")
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "text"), ColSpec(Array(DataType.long), "visual_tokens")]),
@@ -44,7 +43,8 @@ def register(
         uri: of the tracking server.
     """
     package = Path(__file__).parent
-    with _tracking_at(uri), mlflow.start_run(run_id=run_id):
+    with _tracking_at(uri), mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "An input example was not provided")  # the signature is explicit
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(package / "predictor.py"),

@@ -16,14 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.dataset import filesystem_of
 
-EXPERIMENT = "videobert"
+if TYPE_CHECKING:  # importing MLflow takes 2.5 s, and of the workers only rank 0 needs it, in its thread
+    from mlflow import MlflowClient
+
+EXPERIMENT = MODEL_NAME = "videobert"
+CANDIDATE, CHAMPION = "candidate", "champion"
 MAX_PARAMS_PER_BATCH = 100
 MAX_VALUE_CHARS = 6000
 QUEUE_POINTS = 10_000
@@ -44,6 +45,8 @@ def tracking_uri(dataset_url: str) -> str:
 
 def client(uri: str) -> MlflowClient:
     """A client that gives up on a dead server within seconds, not minutes."""
+    from mlflow import MlflowClient
+
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     for name in ("alembic", "mlflow.store.db.utils"):  # MLflow narrates the making of its sqlite tables
@@ -60,6 +63,8 @@ def start_run(
     tags: Mapping[str, str],
 ) -> str:
     """The id of the run: the given one where it exists, else a new one with parameters, tags and resolved config."""
+    from mlflow.entities import Param
+
     api = client(uri)
     if run_id is not None and any(run.info.run_id == run_id for run in _runs_named(api, name)):
         api.update_run(run_id, status="RUNNING")
@@ -74,6 +79,8 @@ def start_run(
 
 
 def finish_run(uri: str, run_id: str, *, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
     api = client(uri)
     api.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     api.set_terminated(run_id, status="FINISHED")
@@ -142,6 +149,8 @@ class MetricLogger:
                 continue
             metrics, step, now_ms = point
             try:
+                from mlflow.entities import Metric
+
                 api = api or client(self._uri)
                 api.log_batch(self._run_id, metrics=[Metric(key, v, now_ms, step) for key, v in metrics.items()])
             except Exception as error:

@@ -194,8 +194,11 @@ def test_a_complete_corpus_is_kept_and_an_unfinished_or_other_one_made_again(tmp
     make_kitchen(tmp_path, KitchenConfig(**tiny))
     assert video.stat().st_mtime_ns > made
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        MARKER, "kitchen-000.mp4", "kitchen-000.truth.json", "mine.mp4",
-    ]  # fmt: skip
+        "kitchen-000.mp4",
+        "kitchen-000.truth.json",
+        MARKER,
+        "mine.mp4",
+    ]
 
 
 @pytest.mark.parametrize(

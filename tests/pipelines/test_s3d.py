@@ -250,7 +250,7 @@ def test_a_url_is_downloaded_once_and_checked(checkpoint: Path, tmp_path: Path) 
         assert served == ["/s3d.pth"]
         with pytest.raises(WeightsError, match="check http"):
             load_weights(f"{url}/s3d.pth#sha256={'1' * 64}", cache_dir=tmp_path)
-        with pytest.raises(WeightsError, match="could not be downloaded .*404.* give its path"):
+        with pytest.raises(WeightsError, match=r"could not be downloaded .*404.* give its path"):
             load_weights(f"{url}/gone.pth#sha256={'2' * 64}", cache_dir=tmp_path)
     finally:
         server.shutdown()

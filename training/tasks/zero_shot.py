@@ -24,7 +24,7 @@ import numpy as np
 from pipelines.dataset import Dataset, Sample, filesystem_of
 from training.metrics import Share, top_k
 from training.reader import held_out
-from training.text import MASK
+from training.text import MASK, UNKNOWN
 from training.trained import Query, TrainedModel
 
 TEMPLATE = f"now let me show you how to {MASK} the {MASK}"
@@ -198,9 +198,12 @@ def label_scores(
 ) -> np.ndarray:
     """[N, num_labels] log-probability of each label at a slot of the template: 0 the verb, 1 the object.
 
-    A label of n wordpieces is read from n masks in its slot; the other slot keeps one.
+    A label of n wordpieces is read from n masks in its slot; the other slot keeps one. A label with a letter that the
+    vocabulary lacks gets minus infinity.
     """
+    unknown = trained.vocabulary.ids[UNKNOWN]
     pieces = [trained.vocabulary.encode(label) for label in labels]
+    pieces = [piece[:0] if unknown in piece else piece for piece in pieces]
     scores_NC = np.full((len(visual), len(labels)), -np.inf)
     for count in sorted({len(piece) for piece in pieces if len(piece)}):
         masks = [MASK, MASK]
