@@ -1,7 +1,7 @@
 """`videobert demo [--videos DIR]`: the whole path on a small corpus, from videos to a page and an answer.
 
-Without `--videos` the corpus is the narrated kitchen, generated here with known truth, so the model can be evaluated. Every
-step is the same code as its own command, and re-running goes on where the last run stood.
+Without `--videos` the corpus is the narrated kitchen, generated here with known truth, so the model can be evaluated.
+Every step is the same code as its own command, and re-running goes on where the last run stood.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         answer = query(dataset, result.model_uri, fraction=recipe.held_out_fraction)
     print(f"\n== ledger\n{render_text(report_of(url))}")
     print(f"\n== where the time went\n{clock.table()}")
-    print(f"\n== done\nmodel   {result.model_uri} (version {result.version}, alias candidate)\npage    {page}\n{answer}")
+    print(f"\n== done\nmodel   {result.model_uri}, alias candidate\npage    {page}\n{answer}")
     return 0
 
 

@@ -6,11 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jobs.cluster import connected
 from jobs.command import UsageError, door, parse
 from pipelines.errors import REASONS
-from pipelines.ingest import ingest
-from pipelines.report import render_text, report_of
 from pipelines.stages import IngestConfig
 
 
@@ -36,9 +33,21 @@ def main(argv: list[str]) -> int:
     for reason in job.retry:
         if reason not in REASONS:
             raise UsageError(f"no reason is called {reason!r}: retry takes some of {', '.join(REASONS)}.")
-    with connected():
-        ingest(job.sources, dataset=job.dataset, config=job, retry=job.retry, say=lambda line: print(line, flush=True))
-    print(render_text(report_of(job.dataset)))
+    from jobs.cluster import connected
+    from pipelines.ingest import ingest
+    from pipelines.report import render_text, report_of
+
+    ingest(
+        job.sources,
+        dataset=job.dataset,
+        config=job,
+        retry=job.retry,
+        dry_run=job.dry_run,
+        connect=connected,
+        say=lambda line: print(line, flush=True),
+    )
+    if not job.dry_run:
+        print(render_text(report_of(job.dataset)))
     return 0
 
 

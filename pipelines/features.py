@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -17,7 +18,9 @@ import numpy as np
 from pipelines import media
 from pipelines.dataset import ClipGrid
 from pipelines.errors import StageError
-from pipelines.s3d import S3DExtractor, load_s3d
+
+if TYPE_CHECKING:
+    from pipelines.s3d import S3DExtractor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ def load_extractor(config: FeaturesConfig) -> S3DExtractor:
             "no S3D weights named: give --features.weights PATH (torchvision's s3d-d76dad2f.pth), a URL#sha256=DIGEST, "
             "or random:0 to try the pipeline with an untrained network."
         )
+    from pipelines.s3d import load_s3d  # torch takes seconds; a command's --help should not
+
     return load_s3d(weights=config.weights, batch_size=config.batch_clips)
 
 

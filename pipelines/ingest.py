@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ class IngestResult:
     stage_s: dict[str, float]  # wall seconds by phase of the run
 
 
-class FailureRateExceeded(RuntimeError):
+class FailureRateExceeded(ValueError):
     """Too many sources failed; the message names the reason that dominates."""
 
 
@@ -48,23 +49,55 @@ def ingest(
     dataset: str,
     config: IngestConfig,
     retry: Sequence[str] = (),
+    dry_run: bool = False,
+    connect: Callable[[], AbstractContextManager[None]] = nullcontext,
     say: Callable[[str], None] = print,
 ) -> IngestResult:
-    """Bring a dataset up to date with some places (see `sources.discover`). Needs a running Ray; safe to repeat.
+    """Bring a dataset up to date with some places (see `sources.discover`); safe to repeat.
 
-    Sources that the ledger knows are left alone, except quarantined ones whose reason is in `retry`.
+    Sources that the ledger knows are left alone, except quarantined ones whose reason is in `retry`. A dry run says
+    what would be handled and writes nothing. Ray must run inside `connect()`, which is entered when there is work to do.
     Raises ValueError or FileNotFoundError for places, folder or configuration that do not fit, FailureRateExceeded
     above `config.max_failure_rate`.
     """
-    run = _Run(dataset=dataset, config=config, say=say)
     listed = sources.discover(places)
     say(f"{len(listed)} sources listed.")
-    todo = run.record_listing(listed, retry=retry)
-    if not todo:
+    run = _Run(dataset=dataset, config=config, say=say)
+    todo = run.subtract_ledger(listed, retry=retry)
+    if not todo.num_rows and not todo.ledger_rows:
         say("nothing new: every source is in the ledger.")
+    elif dry_run:
+        say(f"{todo.num_rows} would be handled, {len(todo.duplicates)} are exact duplicates of others.")
     else:
-        run.process(todo)
-    return IngestResult(num_sources=len(listed), num_new=len(todo), run_id=run.lineage["run_id"], stage_s=run.phases_s)
+        run.record(todo)
+        if todo.rows:
+            with connect():
+                run.process(todo.rows)
+    return IngestResult(num_sources=len(listed), num_new=todo.num_rows, run_id=run.run_id, stage_s=run.phases_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Todo:
+    """What a run has to do, and what it has to write down first."""
+
+    rows: list[Row]  # sources to work on, the largest first
+    new: list[sources.Source]  # not in the ledger yet
+    duplicates: dict[str, tuple[str, str]]  # source id -> (video id, uri of the original)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ledger_rows(self) -> list[Row]:
+        """Each new source as pending, and the verdict over each exact duplicate."""
+        rows = [_listing_row(source, attempt=0, status="pending") for source in self.new]
+        for source in self.new:
+            if source.source_id in self.duplicates:
+                video_id, original = self.duplicates[source.source_id]
+                verdict = {"status": "filtered", "stage": "discover", "reason": "duplicate", "video_id": video_id}
+                rows.append(_listing_row(source, attempt=1) | verdict | {"detail": f"the same bytes as {original}"})
+        return rows
 
 
 class _Run:
@@ -75,25 +108,21 @@ class _Run:
         self.say = say
         self.folder = Folder.at(dataset)
         self.phases_s: dict[str, float] = {}
-        self._require_writable(dataset)
+        self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(3).hex()}"
+        self.code_version = code_version()
         self.info = self._existing_info()
         self.ledger = read_ledger(self.folder)
-        self.lineage = {
-            "run_id": f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(3).hex()}",
-            "code_version": code_version(),
-            "config_digest": config.digest,
-        }
         origin, note = transcribe.choose_recogniser(config.transcribe)
         if note:
             say(f"{note} Speech without captions goes to {origin or 'nobody'}.")
 
-    def _require_writable(self, dataset: str) -> None:
+    def _require_writable(self) -> None:
         try:
             self.folder.write("ledger/.writable", b"")
             self.folder.fs.delete_file(self.folder.path("ledger/.writable"))
         except OSError as error:
             raise PermissionError(
-                f"cannot write to the dataset folder {dataset} ({error.strerror or error}): "
+                f"cannot write to the dataset folder {self.folder.root} ({error.strerror or error}): "
                 "name another --dataset or mend its permissions."
             ) from error
 
@@ -115,35 +144,32 @@ class _Run:
             )
         return info
 
-    def record_listing(self, listed: list[sources.Source], *, retry: Sequence[str]) -> list[Row]:
-        """Write new sources into the ledger as pending, exact duplicates as filtered; returns the rows to work on."""
-        outcomes = report.source_outcomes(self.ledger).to_pylist()
-        known = {outcome["source_id"]: outcome for outcome in outcomes}
+    def subtract_ledger(self, listed: list[sources.Source], *, retry: Sequence[str]) -> Todo:
+        """What is left to do of a listing."""
+        known = {outcome["source_id"]: outcome for outcome in report.source_outcomes(self.ledger).to_pylist()}
         new = [source for source in listed if source.source_id not in known]
         repeated = sources.duplicates(new, self.ledger)
-        rows = [_listing_row(source, attempt=0, status="pending") for source in new]
-        for source in new:
-            if source.source_id in repeated:
-                video_id, original = repeated[source.source_id]
-                verdict = {"status": "filtered", "stage": "discover", "reason": "duplicate", "video_id": video_id}
-                rows.append(_listing_row(source, attempt=1) | verdict | {"detail": f"the same bytes as {original}"})
-        if rows:
-            common = {"run_id": self.lineage["run_id"], "code_version": self.lineage["code_version"]}
-            listing = pa.Table.from_pylist([row | common for row in rows], schema=LEDGER_SCHEMA)
-            sink.write_ledger(listing, folder=self.folder, name="listing")
-        todo = []
+        rows = [_listing_row(source, attempt=1) for source in new if source.source_id not in repeated]
         for source in listed:
-            outcome = known.get(source.source_id)
-            again = outcome is not None and (
-                outcome["outcome"] == "pending" or (outcome["outcome"] == "quarantined" and outcome["reason"] in retry)
-            )
-            if source.source_id not in repeated and (outcome is None or again):
-                failed_before = outcome is not None and outcome["outcome"] == "quarantined"
-                attempt = (outcome["attempt"] if outcome and failed_before else 0) + 1
-                todo.append(_listing_row(source, attempt=attempt, status=None))
-        return sorted(
-            todo, key=lambda row: -row["size_bytes"]
-        )  # the long ones first, or the last one is waited for alone
+            outcome = known.get(source.source_id, {"outcome": "new"})
+            if outcome["outcome"] == "pending":
+                rows.append(_listing_row(source, attempt=max(1, outcome["attempt"])))
+            elif outcome["outcome"] == "quarantined" and outcome["reason"] in retry:
+                rows.append(_listing_row(source, attempt=outcome["attempt"] + 1))
+        rows.sort(key=lambda row: -row["size_bytes"])  # a long video that starts last is waited for alone
+        return Todo(rows=rows, new=new, duplicates=repeated)
+
+    def record(self, todo: Todo) -> None:
+        """Write down what is listed before any work, so that a crash leaves it pending and not forgotten."""
+        self._require_writable()
+        if todo.ledger_rows:
+            rows = [row | self._common for row in todo.ledger_rows]
+            listing = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA)
+            sink.write_ledger(listing, folder=self.folder, name="listing")
+
+    @property
+    def _common(self) -> dict[str, str]:
+        return {"run_id": self.run_id, "code_version": self.code_version}
 
     def process(self, todo: list[Row]) -> None:
         """Run the graph over the rows and judge what comes out."""
@@ -155,15 +181,16 @@ class _Run:
         with Reporter(counter, num_sources=len(todo), say=self.say):
             if self.info is None:
                 sample, rest = self._sample(todo)
-                tree, rows = self._fit_vocabulary(graph.extracted(sample))
+                rows = self._fit_vocabulary(graph.extracted(sample))
+                if self.info is None:
+                    self._commit_failures(rows)
+                    return
                 rows = rows.union(graph.extracted(rest)) if rest.num_rows else rows
             else:
-                tree = vocabulary.load(self.info.vocabulary, self.folder)
                 rows = graph.extracted(_row_table(todo))
-            if tree is None or self.info is None:
-                self._commit_failures_only(rows)
-                return
-            self._consume(graph.committed(rows, tree=tree, info=self.info, lineage=self.lineage))
+            tree = vocabulary.load(self.info.vocabulary, self.folder)
+            lineage = self._common | {"config_digest": self.config.digest}
+            self._consume(graph.committed(rows, tree=tree, info=self.info, lineage=lineage))
 
     def _sample(self, todo: list[Row]) -> tuple[pa.Table, pa.Table]:
         """Sources for the first vocabulary, and the others; chosen by hash, so neither by name nor by age."""
@@ -171,8 +198,8 @@ class _Run:
         cut = self.config.vocabulary.sample_videos
         return _row_table(shuffled[:cut]), _row_table(shuffled[cut:])
 
-    def _fit_vocabulary(self, rows: ray.data.Dataset) -> tuple[vocabulary.Vocabulary | None, ray.data.Dataset]:
-        """Extract, fit, save, and write dataset.json; (None, rows) if no source gave features."""
+    def _fit_vocabulary(self, rows: ray.data.Dataset) -> ray.data.Dataset:
+        """Extract, fit, save, write dataset.json and set `self.info`, which stays None if no source gave features."""
         began_s = time.perf_counter()
         rows = rows.materialize()
         self.phases_s["transcode, transcribe, features"] = time.perf_counter() - began_s
@@ -183,7 +210,7 @@ class _Run:
             if row["status"] is None
         ]
         if not found:
-            return None, rows
+            return rows
         name, digest, dim = features.identity(self.config.features)
         tree = vocabulary.fit(np.concatenate(found), config=self.config.vocabulary, extractor=f"{name} {digest}")
         self.info = DatasetInfo(
@@ -200,12 +227,13 @@ class _Run:
             f"visual vocabulary {tree.id}: {tree.k} x {tree.depth}, "
             f"{tree.used_leaves()} of {tree.num_tokens} leaves used by {sum(map(len, found))} clips."
         )
-        return tree, rows
+        return rows
 
-    def _commit_failures_only(self, rows: ray.data.Dataset) -> None:
-        """A first run without one usable source still says what became of each."""
-        common = {"run_id": self.lineage["run_id"], "code_version": self.lineage["code_version"]}
-        sink.publish(list(rows.iter_rows()), {}, folder=self.folder, common=common)
+    def _commit_failures(self, rows: ray.data.Dataset) -> None:
+        """A first sample without one usable source still says what became of each; the others stay pending."""
+        failures = list(rows.iter_rows())
+        sink.publish(failures, {}, folder=self.folder, common=self._common)
+        self.say(f"none of {len(failures)} sources gave features, so there is no visual vocabulary and no dataset yet.")
 
     def _consume(self, committed: ray.data.Dataset) -> None:
         """Pull the graph; stop it when too much fails."""

@@ -372,8 +372,8 @@ _SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short),
 def _speak(sentences: list[str]) -> list[np.ndarray]:
     """The sound of each sentence, int16 mono at SPEECH_RATE, silence at its ends cut off.
 
-    espeak-ng carries noise and phase from one sentence to the next; a child that has never spoken makes the result depend
-    on the sentences alone. It is forked (milliseconds): this process is a worker without threads.
+    espeak-ng carries noise and phase from one sentence to the next; a child that has never spoken makes the result
+    depend on the sentences alone. It is forked (milliseconds): this process is a worker without threads.
     """
     context = multiprocessing.get_context("fork")
     results, send = context.Pipe(duplex=False)

@@ -188,7 +188,8 @@ def work(spec: RunSpec, *, rank: Rank, report: Callable[[Metrics], None], say: C
             if log is not None:
                 log.held_out(held, step=step)
         if last or step % config.checkpoint_every_steps == 0:
-            if rank.rank == 0:
+            if log is not None:
+                log.flush()
                 store.save(model, optimizer, cursor=done.cursor, identity=spec.identity)
             report(metrics)
     if log is not None:
@@ -234,6 +235,9 @@ class RunLog:
     def held_out(self, losses: Metrics, *, step: int) -> None:
         self._curves.log({f"held_out/{name}": value for name, value in losses.items()}, step=step)
         self._say(f"step {step} held out: " + " ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+
+    def flush(self) -> None:
+        self._curves.flush()
 
     def close(self) -> None:
         self._curves.close()

@@ -120,7 +120,9 @@ class MetricLogger:
     def __init__(self, uri: str, run_id: str | None) -> None:
         """Without a run id, points are dropped."""
         self.num_lost = 0
-        self._points: queue.Queue[tuple[dict[str, float], int, int] | None] = queue.Queue(QUEUE_POINTS)
+        self._failing = False
+        self._points: queue.Queue[tuple[dict[str, float], int, int] | threading.Event | None]
+        self._points = queue.Queue(QUEUE_POINTS)
         self._uri, self._run_id = uri, run_id
         self._thread = threading.Thread(target=self._send_all, name="metric-logger", daemon=True)
         self._thread.start()
@@ -131,6 +133,17 @@ class MetricLogger:
             self._points.put_nowait((dict(metrics), step, int(time.time() * 1000)))
         except queue.Full:
             self._lose("its queue is full")
+
+    def flush(self, *, deadline_s: float = 5.0) -> None:
+        """Wait until what is queued is sent; not at all while the tracker fails.
+
+        Done before a checkpoint: what came before it is not computed again after a crash.
+        """
+        sent = threading.Event()
+        if self._failing or self._points.full():
+            return
+        self._points.put_nowait(sent)
+        sent.wait(deadline_s)
 
     def close(self, *, deadline_s: float = 30.0) -> None:
         """Wait for what is queued, up to the deadline."""
@@ -145,6 +158,9 @@ class MetricLogger:
     def _send_all(self) -> None:
         api = None
         while (point := self._points.get()) is not None:
+            if isinstance(point, threading.Event):
+                point.set()
+                continue
             if self._run_id is None:
                 continue
             metrics, step, now_ms = point
@@ -153,6 +169,7 @@ class MetricLogger:
 
                 api = api or client(self._uri)
                 api.log_batch(self._run_id, metrics=[Metric(key, v, now_ms, step) for key, v in metrics.items()])
+                self._failing = False
             except Exception as error:
                 self._lose(_first_line(error))
 
@@ -160,6 +177,7 @@ class MetricLogger:
         if not self.num_lost:
             logger.warning("tracker: a point was lost (%s); training goes on.", why)
         self.num_lost += 1
+        self._failing = True
 
 
 def _experiment(api: MlflowClient, uri: str) -> str:
