@@ -56,7 +56,7 @@ def ingest(
     """Bring a dataset up to date with some places (see `sources.discover`); safe to repeat.
 
     Sources that the ledger knows are left alone, except quarantined ones whose reason is in `retry`. A dry run says
-    what would be handled and writes nothing. Ray must run inside `connect()`, which is entered when there is work to do.
+    what would be handled and writes nothing. Ray must run inside `connect()`, which is entered when there is work.
     Raises ValueError or FileNotFoundError for places, folder or configuration that do not fit, FailureRateExceeded
     above `config.max_failure_rate`.
     """
