@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from pipelines.features import FeaturesConfig
 from pipelines.kitchen import KitchenConfig
 from pipelines.stages import IngestConfig
 from pipelines.vocabulary import VocabularyConfig
+from training import recipes
+from training.recipes import PretrainConfig
 
 if TYPE_CHECKING:
     from pipelines.dataset import Dataset, Sample
@@ -77,21 +80,19 @@ def main(argv: list[str]) -> int:
     from pipelines.dataset import Dataset
     from pipelines.ingest import ingest
     from pipelines.report import render_text, report_of
-    from training import recipes
     from training.ray_worker import pretrain
 
     clock, out = Clock(), Path(job.out).resolve()
     url = str(out / "dataset")
     with clock.step("videos"):
         places = [job.videos] if job.videos else [str(make_corpus(out / "videos", job))]
-    with connected():
+    recipe = demo_recipe(job)
+    with connected():  # once for both
         with clock.step("ingest"):
             config = replace(job.ingest, vocabulary=replace(job.ingest.vocabulary, seed=job.seed))
             ingest(places, dataset=url, config=config, say=lambda line: print(line, flush=True))
         with clock.step("pretrain"):
-            recipe = replace(recipes.recipe(job.recipe), seed=job.seed)
-            steps = job.steps or recipe.optim.steps
-            result = pretrain(replace(recipe, optim=replace(recipe.optim, steps=steps)), url)
+            result = pretrain(recipe, url)
     dataset = Dataset(url)
     with clock.step("evaluate"):
         evaluation = None if job.videos else evaluate(dataset, result.model_uri)
@@ -104,6 +105,13 @@ def main(argv: list[str]) -> int:
     print(f"\n== where the time went\n{clock.table()}")
     print(f"\n== done\nmodel   {result.model_uri}, alias candidate\npage    {page}\n{answer}")
     return 0
+
+
+def demo_recipe(job: DemoJob) -> PretrainConfig:
+    """The recipe with the demo's seed and steps, on as many processes as this machine has cores."""
+    recipe = recipes.recipe(job.recipe)
+    optim = replace(recipe.optim, steps=job.steps or recipe.optim.steps)
+    return replace(recipe, seed=job.seed, optim=optim, workers=min(recipe.workers, os.cpu_count() or 1))
 
 
 def make_corpus(folder: Path, job: DemoJob) -> Path:

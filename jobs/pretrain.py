@@ -36,9 +36,10 @@ class PretrainJob(PretrainConfig):
 def main(argv: list[str]) -> int:
     job = parse_job(argv)
     config = PretrainConfig(**{f.name: getattr(job, f.name) for f in dataclasses.fields(PretrainConfig)})
+    from jobs.cluster import connected
     from training.ray_worker import pretrain
 
-    result = pretrain(config, job.dataset, storage=job.storage, name=job.name)
+    result = pretrain(config, job.dataset, storage=job.storage, name=job.name, connect=connected)
     print(result.summary())
     if job.json:
         print(json.dumps({**dataclasses.asdict(result), "model_uri": result.model_uri}))

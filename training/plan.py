@@ -43,7 +43,7 @@ class PlanConfig:
     token_budget: int = 2048
     """Tokens of a pack; padding does not count because there is none."""
     max_text: int = 96
-    """Wordpieces of an example; what is longer loses its end, and is counted."""
+    """Wordpieces of an example; what is longer loses its end."""
     max_visual: int = 64
     """Visual tokens of an example, after subsampling."""
     text_share: float = 1.0

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.dataset import Dataset, filesystem_of
+from pipelines.dataset import Dataset, absolute_url, filesystem_of
 from training import tracking
 from training.loop import Rank
 from training.recipes import PretrainConfig
@@ -65,6 +65,7 @@ def pretrain(
     storage: str | None = None,
     name: str | None = None,
     tracking_uri: str | None = None,
+    connect: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> PretrainResult:
     """Train, log, register as `videobert` with the alias `candidate`. Called again, it goes on where it stood.
 
@@ -72,9 +73,11 @@ def pretrain(
         storage: folder of runs; `runs` in the dataset by default. All workers must see it.
         name: of the run; by default recipe and a digest of settings and dataset.
         tracking_uri: by default MLFLOW_TRACKING_URI or the dataset's own sqlite file.
+        connect: entered when there is something to train; Ray must run inside.
 
     Raises ValueError for a dataset or settings that cannot be trained, FileNotFoundError for a missing dataset.
     """
+    dataset_url = absolute_url(dataset_url)  # workers have another working directory
     uri = tracking_uri or tracking.tracking_uri(dataset_url)
     spec = prepare(config, dataset_url, storage=storage or _runs_folder(dataset_url), name=name, tracking_uri=uri)
     if spec.folder.exists("result.json"):
@@ -83,7 +86,8 @@ def pretrain(
     spec = _track(spec)
     started_s = time.monotonic()
     if latest(spec) < spec.config.optim.steps:
-        run_workers(spec)
+        with connect():
+            run_workers(spec)
     result = _publish(spec, train_s=time.monotonic() - started_s)
     if result.version is not None:
         spec.folder.write("result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
@@ -98,7 +102,7 @@ def latest(spec: RunSpec) -> int:
 def run_workers(spec: RunSpec) -> None:
     """Run the training processes to the end. Raises ValueError if the cluster is too small or training fails."""
     workers = spec.config.workers
-    _connect(workers)
+    _require_cpus(workers)
     with tempfile.TemporaryDirectory(prefix="videobert-ray-train-") as scratch, lines_shown() as lines:
         TorchTrainer(
             train_worker,
@@ -166,22 +170,8 @@ def lines_shown() -> Iterator[Any]:
         shower.join(10.0)
 
 
-def _connect(workers: int) -> None:
-    """Use the cluster at hand, or start one here. Raises ValueError if it has too few CPUs; Ray would wait for ever."""
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, logging_level="WARNING")
-        else:
-            cpus = max(workers, os.cpu_count() or 1)
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                logging_level="WARNING",
-                log_to_driver=False,
-                _node_ip_address="127.0.0.1",
-            )
+def _require_cpus(workers: int) -> None:
+    """Raises ValueError if the running Ray has too few CPUs; it would wait for ever."""
     available = int(ray.cluster_resources().get("CPU", 0))
     if available < workers:
         raise ValueError(
