@@ -13,7 +13,7 @@ COMMANDS = {
     "demo": "the whole path on a small generated corpus, from videos to an evaluated, registered model",
     "ingest": "videos in, dataset out: shards, previews and a ledger of what became of every source",
     "report": "the ledger: sources = kept + filtered + quarantined + pending, by reason",
-    "vocabulary": "fit, show or exchange the visual vocabulary of a dataset",
+    "vocabulary": "the visual vocabulary of a dataset, and how its corpus uses it",
     "pretrain": "train a VideoBERT on a dataset; resumes by itself",
     "evaluate": "measure a model on a task against its baselines",
     "promote": "give a registered version an alias, such as champion",

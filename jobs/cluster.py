@@ -1,5 +1,4 @@
-"""Ray for a command: the cluster that `ray job submit` or RAY_ADDRESS names, else one on this machine for as long as
-needed."""
+"""Ray for a command: the cluster that RAY_ADDRESS names (`ray job submit` sets it), else one on this machine."""
 
 from __future__ import annotations
 
@@ -20,9 +19,8 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # the coming default; asking for it silences a warning
+    # The coming default; asking for it now silences a warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:

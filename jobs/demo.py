@@ -82,11 +82,10 @@ def main(argv: list[str]) -> int:
     from pipelines.report import render_text, report_of
     from training.ray_worker import pretrain
 
-    clock, out = Clock(), Path(job.out).resolve()
+    recipe, clock, out = demo_recipe(job), Clock(), Path(job.out).resolve()
     url = str(out / "dataset")
     with clock.step("videos"):
         places = [job.videos] if job.videos else [str(make_corpus(out / "videos", job))]
-    recipe = demo_recipe(job)
     with connected():  # once for both
         with clock.step("ingest"):
             config = replace(job.ingest, vocabulary=replace(job.ingest.vocabulary, seed=job.seed))
@@ -110,7 +109,8 @@ def main(argv: list[str]) -> int:
 def demo_recipe(job: DemoJob) -> PretrainConfig:
     """The recipe with the demo's seed and steps, on as many processes as this machine has cores."""
     recipe = recipes.recipe(job.recipe)
-    optim = replace(recipe.optim, steps=job.steps or recipe.optim.steps)
+    steps = job.steps or recipe.optim.steps
+    optim = replace(recipe.optim, steps=steps, warmup_steps=min(recipe.optim.warmup_steps, steps // 10))
     return replace(recipe, seed=job.seed, optim=optim, workers=min(recipe.workers, os.cpu_count() or 1))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -221,7 +221,3 @@ def usage(sequences: list[np.ndarray], *, num_tokens: int) -> Usage:
         perplexity=float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0,
         repeat_ratio=repeats / pairs if pairs else 0.0,
     )
-
-
-def usage_json(figures: Usage) -> dict[str, float]:
-    return asdict(figures)

@@ -44,7 +44,7 @@ def register(
     """
     package = Path(__file__).parent
     with _tracking_at(uri), mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "An input example was not provided")  # the signature is explicit
+        warnings.filterwarnings("ignore", ".*An input example was not provided")  # the signature is explicit
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(package / "predictor.py"),
