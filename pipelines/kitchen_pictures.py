@@ -171,19 +171,6 @@ def _bread(pen: Pen) -> None:
 _DRAW_OBJECT = dict(zip(OBJECTS, (_tomato, _carrot, _cheese, _broccoli, _fish, _onion, _egg, _bread), strict=True))
 
 
-# The cloth under the row of an object: its colour, a little aside so that the object stands out.
-_CLOTH: dict[str, Colour] = {
-    "tomato": (244, 143, 150),
-    "carrot": (255, 190, 110),
-    "cheese": (255, 244, 140),
-    "broccoli": (150, 215, 150),
-    "fish": (150, 200, 255),
-    "onion": (215, 165, 235),
-    "egg": (120, 130, 140),
-    "bread": (205, 165, 130),
-}
-
-
 class Scene:
     """One kitchen of one video: its background, and the painters of its steps."""
 
@@ -225,11 +212,9 @@ class Scene:
         return frame
 
     def _row(self, thing: str) -> Image.Image:
-        """The front of the counter, with more of the same object waiting in a row on a cloth: no motion ever
-        hides these."""
+        """The front of the counter, with more of the same object waiting in a row: no motion ever hides these."""
         pitch = 22 * self.unit
         row = self.background.crop((0, round(_ROW_TOP * self.unit), self.width, self.height))
-        row.paste(Image.blend(row, Image.new("RGB", row.size, _CLOTH[thing]), 0.6))
         one = Sprite(_DRAW_OBJECT[thing], pixels=round(20 * self.unit)).turned(0)
         for place in range(-4, 5):
             centre = self.width / 2 + place * pitch
