@@ -312,7 +312,7 @@ def _ffmpeg_command(ffmpeg: str, config: KitchenConfig, *, sound: Path, captions
     ]
     if captions:
         command += ["-i", str(captions), "-map", "2:s", "-c:s", "mov_text", "-metadata:s:s:0", "language=eng"]
-    command += ["-map", "0:v", "-c:v", "libx264", "-preset", "superfast", "-crf", "20", "-pix_fmt", "yuv420p"]
+    command += ["-map", "0:v", "-c:v", "libx264", "-preset", "ultrafast", "-crf", "22", "-pix_fmt", "yuv420p"]
     # One thread each: the workers already fill the cores. Bit-exact: no version strings in the file.
     command += ["-threads", "1", "-map", "1:a", "-c:a", "aac", "-b:a", "64k", "-fflags", "+bitexact"]
     return [*command, "-movflags", "+faststart"]

@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.kitchen import DISHES, MARKER, OBJECTS, VERBS, KitchenConfig, make_kitchen, plan_recipe, read_truth
 from pipelines.kitchen_pictures import Look, Scene
+from pipelines.s3d import load_s3d
 
 pytest.importorskip("espeakng_loader")
 
@@ -172,6 +173,25 @@ def test_every_verb_moves_and_every_object_looks_different() -> None:
     for verb in VERBS:
         for thing in OBJECTS[1:]:
             assert np.abs(stills[verb, thing] - stills[verb, OBJECTS[0]]).mean() > 3, (verb, thing)
+
+
+def test_an_untrained_s3d_tells_verbs_and_objects_apart() -> None:
+    extractor = load_s3d(weights="random:0", device="cpu")
+    rng = np.random.default_rng(0)
+    truth = [(verb, thing) for _ in range(2) for verb in VERBS for thing in OBJECTS]
+    features = []
+    for verb, thing in truth:
+        frame = Scene(width=80, height=80, rng=rng).step(verb=verb, thing=thing, look=Look.draw(rng))
+        clip = np.stack([np.asarray(frame(i / 20).resize((64, 64))) for i in range(16)])
+        features.append(extractor.extract(clip[None])[0])
+    points = np.stack(features)
+    points = (points - points.mean(0)) / points.std(0)
+    first, second = np.split(points, 2)
+    nearest = ((second[:, None] - first[None]) ** 2).sum(2).argmin(1)
+    right = np.array([(truth[n][0] == v, truth[n][1] == t) for n, (v, t) in zip(nearest, truth, strict=False)])
+    verbs, objects = right.mean(0)
+    assert verbs >= 0.9
+    assert objects >= 0.8
 
 
 # -- running again ----------------------------------------------------------------------------------------------------

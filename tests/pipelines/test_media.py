@@ -155,11 +155,11 @@ def test_limits_are_refused_with_their_reason(make_video: MakeVideo) -> None:
 
 def test_a_child_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     marker = tmp_path / "alive"
-    grandchild = f"import time, pathlib; time.sleep(3); pathlib.Path({str(marker)!r}).touch()"
+    grandchild = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(marker)!r}).touch()"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     with pytest.raises(StageError, match="timeout"):
         media.run_limited([sys.executable, "-c", child], timeout_s=0.5, memory_bytes=1 << 30)
-    time.sleep(3.5)
+    time.sleep(1.8)
     assert not marker.exists()
 
 
