@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OUT ?= demo-data
+OUT := demo-data
 
 .PHONY: demo test unit lint slow clean
 
@@ -34,4 +34,4 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-data .pytest_cache .mypy_cache .ruff_cache

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from jobs.command import door, parse
+from jobs.command import UsageError, door, parse
 from pipelines.features import FeaturesConfig
 from pipelines.kitchen import KitchenConfig
 from pipelines.stages import IngestConfig
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from pipelines.dataset import Dataset, Sample
     from training.tasks.zero_shot import ZeroShotResult
 
-# An untrained S3D on 2 cores: clips of 112 pixels cost a quarter of full ones, and drawn shapes survive it.
+# An untrained S3D on 2 cores: clips of 64 pixels cost a tenth of full ones, and drawn shapes survive it.
 DEMO_INGEST = IngestConfig(
-    features=FeaturesConfig(weights="random:0", pixels=112), vocabulary=VocabularyConfig(k=12, depth=2)
+    features=FeaturesConfig(weights="random:0", pixels=64, batch_clips=1),
+    vocabulary=VocabularyConfig(k=10, depth=2),
 )
 
 
@@ -50,7 +52,7 @@ class DemoJob:
     """Optimizer steps, instead of the recipe's."""
     seed: int = 0
     """Seed of the kitchen, the vocabulary and the training."""
-    kitchen: KitchenConfig = field(default_factory=KitchenConfig)
+    kitchen: KitchenConfig = field(default_factory=lambda: KitchenConfig(num_videos=36))
     ingest: IngestConfig = field(default_factory=lambda: DEMO_INGEST)
 
 
@@ -83,6 +85,7 @@ def main(argv: list[str]) -> int:
     from training.ray_worker import pretrain
 
     recipe, clock, out = demo_recipe(job), Clock(), Path(job.out).resolve()
+    claim(out, job)
     url = str(out / "dataset")
     with clock.step("videos"):
         places = [job.videos] if job.videos else [str(make_corpus(out / "videos", job))]
@@ -104,6 +107,17 @@ def main(argv: list[str]) -> int:
     print(f"\n== where the time went\n{clock.table()}")
     print(f"\n== done\nmodel   {result.model_uri}, alias candidate\npage    {page}\n{answer}")
     return 0
+
+
+def claim(out: Path, job: DemoJob) -> None:
+    """Keep demos of different settings apart: old samples under new truth would make the evaluation wrong."""
+    settings = {"videos": job.videos, "seed": job.seed, "kitchen": asdict(job.kitchen), "ingest": asdict(job.ingest)}
+    text = json.dumps(settings, sort_keys=True, indent=1) + "\n"
+    marker = out / "demo.json"
+    if marker.exists() and marker.read_text() != text:
+        raise UsageError(f"{out} holds a demo with other settings; give another --out, or remove that folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(text)
 
 
 def demo_recipe(job: DemoJob) -> PretrainConfig:

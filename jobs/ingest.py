@@ -46,9 +46,11 @@ def main(argv: list[str]) -> int:
         connect=connected,
         say=lambda line: print(line, flush=True),
     )
-    if not job.dry_run:
-        print(render_text(report_of(job.dataset)))
-    return 0
+    if job.dry_run:
+        return 0
+    found = report_of(job.dataset)
+    print(render_text(found))
+    return 0 if found.balanced and not found.to_dict()["sources"]["pending"] else 1
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -138,7 +139,7 @@ class Sample:
     asr: Mapping[str, str]  # name, version
     extractor: Mapping[str, str]  # name, digest
     vocabulary: str
-    lineage: Mapping[str, str]  # ingest run id, code version, config digest
+    lineage: Mapping[str, str]  # code version, config digest; the run id is in the ledger, or bytes would differ by run
     visual_tokens: np.ndarray  # [num_clips], unsigned
     features: np.ndarray | None = field(default=None)  # [num_clips, dim] float16
 
@@ -325,13 +326,7 @@ class Dataset:
 
     def sample_index(self) -> pa.Table:
         """The rows of all kept samples, one per key, sorted by key."""
-        ledger = self.ledger()
-        kept = ledger.filter(pa.compute.equal(ledger["status"], "kept"))
-        order = pa.compute.sort_indices(kept, sort_keys=[("key", "ascending"), ("shard", "ascending")])
-        kept = kept.take(order)
-        keys = kept["key"].to_pylist()
-        first = [row for row, key in enumerate(keys) if row == 0 or key != keys[row - 1]]
-        return kept.take(pa.array(first, pa.int64()))
+        return unique_samples(self.ledger())
 
     def digest(self) -> str:
         """Names the set of samples: equal if and only if the same samples lie in the same shards."""
@@ -369,6 +364,22 @@ def read_ledger(folder: Folder) -> pa.Table:
         for name in folder.names("ledger", suffix=".parquet")
     ]
     return pa.concat_tables(tables) if tables else LEDGER_SCHEMA.empty_table()
+
+
+def unique_samples(ledger: pa.Table) -> pa.Table:
+    """The kept rows of each source's latest attempt, one per key, sorted by key.
+
+    Earlier attempts may have cut a video otherwise, so their samples do not count. Which of two writers' rows for one
+    key stands is the order of their shards' names.
+    """
+    latest = ledger.group_by("source_id").aggregate([("attempt", "max")])
+    kept = ledger.filter(pc.equal(ledger["status"], "kept")).join(latest, "source_id")
+    kept = kept.filter(pc.equal(kept["attempt"], kept["attempt_max"])).select(LEDGER_SCHEMA.names)
+    kept = kept.sort_by([("key", "ascending"), ("shard", "ascending")]).combine_chunks()
+    if kept.num_rows < 2:
+        return kept
+    keys = kept["key"].combine_chunks()
+    return kept.filter(pa.concat_arrays([pa.array([True]), pc.not_equal(keys[1:], keys[:-1])]))
 
 
 def read_members(data: bytes) -> dict[str, bytes]:

@@ -27,8 +27,9 @@ REASONS: dict[str, Reason] = {
     "unreadable": Reason("quarantined", "not a media file that ffmpeg can open"),
     "forbidden_format": Reason("quarantined", "a playlist or another format that may point at other files"),
     "decode_failed": Reason("quarantined", "opened, but its pictures could not be decoded"),
-    "timeout": Reason("quarantined", "the child process was stopped at media.timeout_s"),
+    "timeout": Reason("quarantined", "a child process was stopped after media.timeout_s (the probe: 60 s)"),
     "transcribe_failed": Reason("quarantined", "speech recognition failed"),
+    "stage_failed": Reason("quarantined", "an error that no stage foresaw; the detail names it, please report it"),
     "features_failed": Reason("quarantined", "feature extraction failed"),
 }
 

@@ -64,10 +64,10 @@ def extract(preview: bytes, *, extractor: S3DExtractor, grid: ClipGrid, config: 
         found = [extractor.extract(np.stack(batch)) for batch in batches]
     except (av.FFmpegError, RuntimeError) as error:  # torch reports exhausted memory as RuntimeError
         raise StageError("features_failed", str(error)) from error
-    features = np.concatenate(found or [np.empty((0, extractor.dim), np.float32)])
+    features = np.concatenate(found or [np.empty((0, extractor.dim), np.float32)]).astype(np.float16)
     if not np.isfinite(features).all():
-        raise StageError("features_failed", "the extractor gave values that are not finite")
-    return features.astype(np.float16)
+        raise StageError("features_failed", "the extractor gave values that are not finite in half precision")
+    return features
 
 
 def _batches(clips: Iterator[np.ndarray], *, size: int) -> Iterator[list[np.ndarray]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
@@ -60,20 +61,20 @@ def ingest(
     Raises ValueError or FileNotFoundError for places, folder or configuration that do not fit, FailureRateExceeded
     above `config.max_failure_rate`.
     """
-    listed = sources.discover(places)
+    listed = sources.discover(places, outside=dataset)
     say(f"{len(listed)} sources listed.")
     run = _Run(dataset=dataset, config=config, say=say)
     todo = run.subtract_ledger(listed, retry=retry)
-    if not todo.num_rows and not todo.ledger_rows:
+    if not todo.rows and not todo.ledger_rows:
         say("nothing new: every source is in the ledger.")
     elif dry_run:
-        say(f"{todo.num_rows} would be handled, {len(todo.duplicates)} are exact duplicates of others.")
+        say(f"{len(todo.rows)} would be handled.")
     else:
         run.record(todo)
         if todo.rows:
             with connect():
                 run.process(todo.rows)
-    return IngestResult(num_sources=len(listed), num_new=todo.num_rows, run_id=run.run_id, stage_s=run.phases_s)
+    return IngestResult(num_sources=len(listed), num_new=len(todo.rows), run_id=run.run_id, stage_s=run.phases_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,23 +82,7 @@ class Todo:
     """What a run has to do, and what it has to write down first."""
 
     rows: list[Row]  # sources to work on, the largest first
-    new: list[sources.Source]  # not in the ledger yet
-    duplicates: dict[str, tuple[str, str]]  # source id -> (video id, uri of the original)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    @property
-    def ledger_rows(self) -> list[Row]:
-        """Each new source as pending, and the verdict over each exact duplicate."""
-        rows = [_listing_row(source, attempt=0, status="pending") for source in self.new]
-        for source in self.new:
-            if source.source_id in self.duplicates:
-                video_id, original = self.duplicates[source.source_id]
-                verdict = {"status": "filtered", "stage": "discover", "reason": "duplicate", "video_id": video_id}
-                rows.append(_listing_row(source, attempt=1) | verdict | {"detail": f"the same bytes as {original}"})
-        return rows
+    ledger_rows: list[Row]  # each new source as pending, and the verdict over each exact duplicate
 
 
 class _Run:
@@ -146,18 +131,38 @@ class _Run:
 
     def subtract_ledger(self, listed: list[sources.Source], *, retry: Sequence[str]) -> Todo:
         """What is left to do of a listing."""
-        known = {outcome["source_id"]: outcome for outcome in report.source_outcomes(self.ledger).to_pylist()}
-        new = [source for source in listed if source.source_id not in known]
-        repeated = sources.duplicates(new, self.ledger)
-        rows = [_listing_row(source, attempt=1) for source in new if source.source_id not in repeated]
+        outcomes = report.source_outcomes(self.ledger)
+        known = {outcome["source_id"]: outcome for outcome in outcomes.to_pylist()}
+        kept_ids = outcomes.filter(pc.equal(outcomes["outcome"], "kept"))["source_id"]
+        kept = self.ledger.filter(pc.is_in(self.ledger["source_id"], kept_ids.combine_chunks()))
+        orphans = self._orphaned_duplicates(kept)
+        attempts: dict[str, int] = {}
         for source in listed:
-            outcome = known.get(source.source_id, {"outcome": "new"})
-            if outcome["outcome"] == "pending":
-                rows.append(_listing_row(source, attempt=max(1, outcome["attempt"])))
-            elif outcome["outcome"] == "quarantined" and outcome["reason"] in retry:
-                rows.append(_listing_row(source, attempt=outcome["attempt"] + 1))
+            outcome = known.get(source.source_id, {"outcome": "new", "attempt": 0, "reason": None})
+            again = outcome["outcome"] == "quarantined" and outcome["reason"] in retry
+            if outcome["outcome"] in ("new", "pending") or again or source.source_id in orphans:
+                attempts[source.source_id] = outcome["attempt"] + 1
+        chosen = [source for source in listed if source.source_id in attempts]
+        repeated = sources.duplicates(chosen, kept)
+        rows, ledger_rows = [], []
+        for source in chosen:
+            row = _listing_row(source, attempt=attempts[source.source_id])
+            if source.source_id not in known:
+                ledger_rows.append(_listing_row(source, attempt=0, status="pending"))
+            if source.source_id in repeated:
+                video_id, original = repeated[source.source_id]
+                verdict = {"status": "filtered", "stage": "discover", "reason": "duplicate", "video_id": video_id}
+                ledger_rows.append(row | verdict | {"detail": f"the same bytes as {original}"})
+            else:
+                rows.append(row)
         rows.sort(key=lambda row: -row["size_bytes"])  # a long video that starts last is waited for alone
-        return Todo(rows=rows, new=new, duplicates=repeated)
+        return Todo(rows=rows, ledger_rows=ledger_rows)
+
+    def _orphaned_duplicates(self, kept: pa.Table) -> set[str]:
+        """Sources that were filtered as copies of one that has not been kept since: their turn has come."""
+        verdicts = self.ledger.filter(pc.equal(self.ledger["reason"], "duplicate"))
+        alive = pc.is_in(verdicts["video_id"], pc.unique(kept["video_id"]).drop_null())
+        return set(verdicts.filter(pc.invert(alive))["source_id"].to_pylist())
 
     def record(self, todo: Todo) -> None:
         """Write down what is listed before any work, so that a crash leaves it pending and not forgotten."""
@@ -174,7 +179,7 @@ class _Run:
     def process(self, todo: list[Row]) -> None:
         """Run the graph over the rows and judge what comes out."""
         resources = ray.cluster_resources()
-        workers = allot_workers(cpus=resources.get("CPU", 1.0), gpus=resources.get("GPU", 0.0), num_sources=len(todo))
+        workers = allot_workers(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), num_sources=len(todo))
         ray.data.DataContext.get_current().enable_progress_bars = False
         counter = ray.remote(num_cpus=0)(Counter).remote()
         graph = Graph(config=self.config, folder=self.folder, workers=workers, counter=counter)

@@ -11,10 +11,12 @@ t is clock time `start_s + t`, whatever the frame rate of the source does and wh
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,10 @@ from pipelines import probe as probe_script
 from pipelines.dataset import ClipGrid
 from pipelines.errors import StageError
 
+# Linux ends a child whose parent was killed; elsewhere an orphan runs until its CPU limit.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
 SAMPLE_RATE = 16_000
 PREVIEW_PIXELS = 224
 
@@ -44,7 +50,7 @@ class MediaConfig:
     """Limits for strangers' media, and how long videos are cut."""
 
     part_seconds: float = 300.0
-    """Longer videos are cut into parts of this many seconds (rounded down to whole clips)."""
+    """Longer videos are cut into parts of this many seconds, rounded down to whole clips; no clip lies across a cut."""
     max_bytes: int = 8 << 30
     """Largest source accepted, in bytes."""
     max_seconds: float = 6 * 3600.0
@@ -82,12 +88,14 @@ def run_limited(args: Sequence[str], *, timeout_s: float, memory_bytes: int) -> 
     Raises StageError("timeout") after killing the whole group.
     """
 
-    def limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(timeout_s * 4) + 1, int(timeout_s * 4) + 1))
+    def limit() -> None:  # between fork and exec: no imports, no locks
+        for kind, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CPU, int(timeout_s * 4) + 1)):
+            hard = resource.getrlimit(kind)[1]
+            allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(kind, (allowed, allowed))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     child = subprocess.Popen(
         list(args),
@@ -165,6 +173,8 @@ def transcode(path: str, *, found: dict[str, Any], grid: ClipGrid, config: Media
         num_frames = _count_frames(preview) if preview.exists() else 0
         if num_frames == 0:
             raise StageError("decode_failed", err or f"ffmpeg ended with status {status} and wrote no picture")
+        if num_frames / grid.fps > config.max_seconds:
+            raise StageError("too_large", f"more than media.max_seconds={config.max_seconds:g} s decode")
         if grid.num_clips(num_frames) == 0:
             raise StageError("too_short", f"{num_frames / grid.fps:.2f} s decode; a clip takes {grid.clip_s:g} s")
         if status != 0:
@@ -206,6 +216,7 @@ def _run_ffmpeg(
         "crf": 18,
         "g": int(2 * grid.fps),
         "force_key_frames": f"expr:eq(mod(n,{part_frames}),0)",  # parts are cut without decoding
+        "t": config.max_seconds + grid.clip_s,  # containers without a duration tell only here how long they are
         "threads": 1,  # libx264's output depends on the number of threads
         "map_metadata": -1,
         "map_chapters": -1,
@@ -219,7 +230,7 @@ def _run_ffmpeg(
         heard = heard.filter("aformat", sample_fmts="s16", channel_layouts="mono").filter_multi_output("asplit")
         outputs = ffmpeg.merge_outputs(
             ffmpeg.output(pictures, heard[0], str(preview), **encoding, **{"c:a": "aac", "b:a": "48k"}),
-            ffmpeg.output(heard[1], str(sound), acodec="pcm_s16le", f="wav", fflags="+bitexact"),
+            ffmpeg.output(heard[1], str(sound), acodec="pcm_s16le", f="wav", fflags="+bitexact", t=encoding["t"]),
         )
     status, _, err = _run(outputs, config=config)
     return status, err
@@ -247,17 +258,17 @@ def _count_frames(preview: Path) -> int:
 
 def _cut(preview: Path, *, num_frames: int, part_frames: int, grid: ClipGrid, config: MediaConfig) -> list[bytes]:
     """The preview's pictures in parts, cut at the key frames that were forced there."""
-    num_parts = -(-grid.num_clips(num_frames) * grid.stride_frames // part_frames)
+    num_parts = 1 + (num_frames - grid.num_frames) // part_frames  # each holds at least one clip
     if num_parts <= 1:
         return [preview.read_bytes()]
-    times = ",".join(f"{part * part_frames / grid.fps:.6f}" for part in range(1, num_parts))
+    borders = ",".join(str(part * part_frames) for part in range(1, num_parts))
     pattern = preview.with_name("part-%05d.mp4")
     cut = ffmpeg.input(str(preview))["v"].output(
-        str(pattern), f="segment", segment_times=times, reset_timestamps=1, c="copy", fflags="+bitexact"
+        str(pattern), f="segment", segment_frames=borders, reset_timestamps=1, c="copy", fflags="+bitexact"
     )
     status, _, err = _run(cut, config=config)
     parts = [preview.with_name(f"part-{part:05d}.mp4") for part in range(num_parts)]
-    if status != 0 or not all(part.exists() for part in parts):
+    if status != 0 or [_count_frames(part) for part in parts[:-1]] != [part_frames] * (num_parts - 1):
         raise StageError("decode_failed", f"cutting into {num_parts} parts ended with status {status}: {err}")
     return [part.read_bytes() for part in parts]
 

@@ -40,7 +40,6 @@ def probe(path: str) -> dict[str, Any]:
             "duration_s": None if container.duration is None else container.duration / 1e6,
             "start_s": (container.start_time or 0) / 1e6,
             "num_streams": len(container.streams),
-            "title": container.metadata.get("title"),
             "video": None if video is None else _video(video),
             "audio": None if audio is None else {"index": audio.index, "codec": audio.codec_context.name},
             "subtitles": [_subtitle(s) for s in container.streams.subtitles if _codec(s) in TEXT_SUBTITLES],

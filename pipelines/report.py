@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.dataset import DatasetInfo, Folder, read_ledger
+from pipelines.dataset import DatasetInfo, Folder, read_ledger, unique_samples
 
 OUTCOMES = ("kept", "filtered", "quarantined", "pending")
 STAGES = ("transcode", "transcribe", "features")
@@ -146,16 +146,6 @@ def source_outcomes(ledger: pa.Table) -> pa.Table:
     return table.select(OUTCOME_SCHEMA.names).cast(OUTCOME_SCHEMA).sort_by("source_id")
 
 
-def unique_samples(ledger: pa.Table) -> pa.Table:
-    """The kept rows, one per key; which of two writers' rows for one key stands is the order of their shards' names."""
-    kept = ledger.filter(pc.equal(ledger["status"], "kept")).sort_by([("key", "ascending"), ("shard", "ascending")])
-    keys = kept["key"].combine_chunks()
-    if len(keys) < 2:
-        return kept
-    is_first = pc.not_equal(keys[1:], keys[:-1])
-    return kept.filter(pa.concat_arrays([pa.array([True]), is_first]))
-
-
 def _kept_whole(ledger: pa.Table, codes: np.ndarray, kept: np.ndarray, num_sources: int) -> np.ndarray:
     """[num_sources] bool: all parts of the source are among its kept rows."""
     parts = _integers(ledger["part_index"])[kept]
@@ -208,7 +198,9 @@ def _notes(info: DatasetInfo | None, samples: pa.Table) -> list[str]:
             "untrained network. Give trained S3D weights for anything beyond a trial."
         )
     if samples.num_rows and len(vocabularies := _counts(samples["vocabulary"])) > 1:
-        notes.append(f"Samples speak {len(vocabularies)} vocabularies; run `videobert vocabulary retokenize`.")
+        notes.append(
+            f"Samples speak {len(vocabularies)} vocabularies; ingest again into another folder to train on one."
+        )
     return notes
 
 

@@ -86,6 +86,11 @@ def run_stage(name: str, function: Callable[[Row], Iterable[Row]], table: pa.Tab
             produced = list(function(row))
         except StageError as error:
             produced = [failed(row, stage=name, error=error)]
+        except OSError:  # the storage under the dataset fails: every row would, so the run ends and is run again
+            raise
+        except Exception as error:  # whatever a stranger's file provokes, it is that file's outcome and not the run's
+            told = StageError("stage_failed", f"{type(error).__name__}: {error}")
+            produced = [failed(row, stage=name, error=told)]
         if f"{name}_s" in ROW_SCHEMA.names:
             share_s = (time.perf_counter() - began_s) / max(len(produced), 1)
             produced = [{**out, f"{name}_s": share_s} for out in produced]

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import urllib.parse
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,29 @@ class Source:
         return hashlib.sha256(f"{self.uri}\n{self.version}".encode()).hexdigest()[:16]
 
 
-def discover(places: Sequence[str]) -> list[Source]:
-    """All sources in some places, sorted by uri, each once.
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """A file system and how its files are named from outside: names in a URI are quoted, its query belongs to all."""
+
+    fs: pafs.FileSystem
+    scheme: str  # "" for this machine
+    query: str
+
+    @classmethod
+    def of(cls, place: str) -> tuple[_Store, str]:
+        """The store of a place, and the place's path in it."""
+        fs, path = filesystem_of(place)
+        if "://" not in place:
+            return cls(fs, "", ""), path
+        split = urllib.parse.urlsplit(place)
+        return cls(fs, split.scheme, f"?{split.query}" if split.query else ""), path
+
+    def uri(self, path: str) -> str:
+        return f"{self.scheme}://{urllib.parse.quote(path)}{self.query}" if self.scheme else path
+
+
+def discover(places: Sequence[str], *, outside: str | None = None) -> list[Source]:
+    """All sources in some places, sorted by uri, each once; nothing under `outside` (the dataset itself) is a source.
 
     A place is a folder (searched for media files by their suffix), a glob, a media file of any name, or a list: .csv or
     .jsonl or .parquet with a column `uri` (also `path` or `url`) and optionally `title` and `captions`. Paths in a list
@@ -60,6 +82,9 @@ def discover(places: Sequence[str]) -> list[Source]:
     found: dict[str, Source] = {}
     for place in places:
         listed = _discover_place(place)
+        if outside is not None:
+            store, path = _Store.of(outside)
+            listed = [source for source in listed if not source.uri.startswith(store.uri(f"{path}/"))]
         if not listed:
             raise ValueError(
                 f"no media files in {place}: expected files ending in {', '.join(sorted(MEDIA_SUFFIXES)[:6])}, ... ; "
@@ -70,91 +95,115 @@ def discover(places: Sequence[str]) -> list[Source]:
 
 
 def _discover_place(place: str) -> list[Source]:
-    fs, path = filesystem_of(place)
-    prefix = place.split("://", 1)[0] + "://" if "://" in place else ""
-    if any(letter in path for letter in "*?[") and fs.get_file_info(path).type == pafs.FileType.NotFound:
-        return _discover_glob(fs, path, prefix=prefix)
-    info = fs.get_file_info(path)
+    store, path = _Store.of(place)
+    info = store.fs.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
+        if any(letter in path for letter in "*?["):
+            return _discover_glob(store, path)
         raise FileNotFoundError(f"no file or folder {place}: check the spelling and that it is mounted or readable.")
     if info.type == pafs.FileType.Directory:
-        return _media_under(fs, path, prefix=prefix)
+        return _media_under(store, path)
     if PurePosixPath(path).suffix.lower() in LIST_SUFFIXES:
-        return _discover_list(fs, path, prefix=prefix)
-    return [_source(info, prefix=prefix, siblings=_siblings(fs, path))]
+        return _discover_list(store, path)
+    return [_source(store, info, siblings=_siblings(store, path))]
 
 
-def _discover_glob(fs: pafs.FileSystem, pattern: str, *, prefix: str) -> list[Source]:
+def _discover_glob(store: _Store, pattern: str) -> list[Source]:
+    """As in a shell, `*` stays within a folder; `**` does not."""
     base = pattern
     while any(letter in base for letter in "*?["):
         base = os.path.dirname(base)
-    under = _media_under(fs, base, prefix=prefix)
-    return [source for source in under if fnmatch.fnmatchcase(source.uri.removeprefix(prefix), pattern)]
+    if store.fs.get_file_info(base).type != pafs.FileType.Directory:
+        raise FileNotFoundError(
+            f"no folder {base} for {pattern}: check the spelling and that it is mounted or readable."
+        )
+    parts = pattern.split("/")
+
+    def matches(path: str) -> bool:
+        if "**" in parts:
+            return fnmatch.fnmatchcase(path, pattern.replace("/**/", "/*")) or fnmatch.fnmatchcase(path, pattern)
+        names = path.split("/")
+        return len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts))
+
+    under = _media_under(store, base)
+    return [source for source in under if matches(_Store.of(source.uri)[1])]
 
 
-def _media_under(fs: pafs.FileSystem, folder: str, *, prefix: str) -> list[Source]:
-    infos = fs.get_file_info(pafs.FileSelector(folder, recursive=True))
+def _media_under(store: _Store, folder: str) -> list[Source]:
+    infos = store.fs.get_file_info(pafs.FileSelector(folder, recursive=True))
     files = [info for info in infos if info.type == pafs.FileType.File and not info.base_name.startswith(".")]
-    names = {info.path for info in files}
+    captions: dict[str, list[str]] = defaultdict(list)
+    for info in files:
+        if info.path.lower().endswith(CAPTION_SUFFIXES):
+            captions[os.path.dirname(info.path)].append(info.path)
     return [
-        _source(info, prefix=prefix, siblings=names)
+        _source(store, info, siblings=captions[os.path.dirname(info.path)])
         for info in files
         if PurePosixPath(info.path).suffix.lower() in MEDIA_SUFFIXES
     ]
 
 
-def _siblings(fs: pafs.FileSystem, path: str) -> set[str]:
-    candidates = [str(PurePosixPath(path).with_suffix(suffix)) for suffix in CAPTION_SUFFIXES]
-    return {info.path for info in fs.get_file_info(candidates) if info.type == pafs.FileType.File}
+def _siblings(store: _Store, path: str) -> list[str]:
+    infos = store.fs.get_file_info(pafs.FileSelector(os.path.dirname(path), allow_not_found=True))
+    return [i.path for i in infos if i.type == pafs.FileType.File and i.path.lower().endswith(CAPTION_SUFFIXES)]
 
 
 def _source(
-    info: pafs.FileInfo, *, prefix: str, siblings: Iterable[str], title: str | None = None, captions: str | None = None
+    store: _Store,
+    info: pafs.FileInfo,
+    *,
+    siblings: Iterable[str],
+    title: str | None = None,
+    captions: str | None = None,
 ) -> Source:
-    path = PurePosixPath(info.path)
-    sidecars = [str(path.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES]
-    sidecar = next((prefix + name for name in sidecars if name in siblings), None)
+    stem = PurePosixPath(info.path).stem
+    # NAME.srt, or NAME.LANGUAGE.vtt as downloaders write it; the plain name first.
+    belonging = sorted((n for n in siblings if PurePosixPath(n).name.startswith(f"{stem}.")), key=lambda n: (len(n), n))
+    sidecar = next((store.uri(name) for name in belonging), None)
     return Source(
-        uri=prefix + info.path,
+        uri=store.uri(info.path),
         version=f"{info.size}-{info.mtime_ns or 0}",
-        size_bytes=info.size,
-        title=title or path.stem,
+        size_bytes=info.size or 0,
+        title=str(title) if title else stem,
         captions_uri=captions or sidecar,
     )
 
 
-def _discover_list(fs: pafs.FileSystem, path: str, *, prefix: str) -> list[Source]:
+def _discover_list(store: _Store, path: str) -> list[Source]:
     sources = []
-    for number, row in enumerate(_list_rows(fs, path), start=1):
+    for number, row in enumerate(_list_rows(store.fs, path), start=1):
         uri = row.get("uri") or row.get("path") or row.get("url")
         if not uri:
             raise ValueError(f"row {number} of {path} has no uri: name that column uri, path or url.")
-        captions = _beside(row.get("captions"), path, prefix=prefix)
-        own_fs, own_path = filesystem_of(str(_beside(uri, path, prefix=prefix)))
-        own_prefix = str(uri).split("://", 1)[0] + "://" if "://" in str(uri) else prefix
-        info = own_fs.get_file_info(own_path)
+        own, own_path = _Store.of(_beside(store, str(uri), path))
+        info = own.fs.get_file_info(own_path)
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(f"row {number} of {path} names {uri}, which is not there: mend or drop the row.")
-        siblings = _siblings(own_fs, own_path)
-        sources.append(_source(info, prefix=own_prefix, siblings=siblings, title=row.get("title"), captions=captions))
+        captions = _beside(store, str(row["captions"]), path) if row.get("captions") else None
+        siblings = _siblings(own, own_path)
+        sources.append(_source(own, info, siblings=siblings, title=row.get("title"), captions=captions))
     return sources
 
 
-def _beside(uri: Any, list_path: str, *, prefix: str) -> str | None:
+def _beside(store: _Store, uri: str, list_path: str) -> str:
     """A uri of a list: absolute as it is, relative from the folder of the list."""
-    if not uri or "://" in str(uri) or str(uri).startswith("/"):
-        return str(uri) if uri else None
-    return f"{prefix}{os.path.dirname(list_path)}/{uri}"
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    return store.uri(f"{os.path.dirname(list_path)}/{uri}")
 
 
 def _list_rows(fs: pafs.FileSystem, path: str) -> list[dict[str, Any]]:
-    if path.endswith(".parquet"):
-        return pq.read_table(path, filesystem=fs).to_pylist()
-    with fs.open_input_file(path) as stream:
-        text = stream.read().decode("utf-8-sig")
-    if path.endswith(".csv"):
-        return list(csv.DictReader(text.splitlines()))
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    suffix = PurePosixPath(path).suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return pq.read_table(path, filesystem=fs).to_pylist()
+        with fs.open_input_file(path) as stream:
+            text = stream.read().decode("utf-8-sig")
+        if suffix == ".csv":
+            return list(csv.DictReader(text.splitlines()))
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:  # of JSON, of Arrow, of the encoding
+        raise ValueError(f"the list {path} cannot be read ({error}): write it as UTF-8 {suffix[1:]}.") from error
 
 
 def duplicates(sources: Sequence[Source], ledger: Table) -> dict[str, tuple[str, str]]:
@@ -176,7 +225,7 @@ def duplicates(sources: Sequence[Source], ledger: Table) -> dict[str, tuple[str,
             continue
         first = dict(earlier.get(size_bytes, {}))
         for source in sorted(group, key=lambda source: source.uri):
-            video_id = remote_content_id(source.uri)
+            video_id = content_id(source.uri)
             if video_id is not None and video_id in first:
                 repeated[source.source_id] = (video_id, first[video_id])
             elif video_id is not None:
@@ -184,7 +233,7 @@ def duplicates(sources: Sequence[Source], ledger: Table) -> dict[str, tuple[str,
     return repeated
 
 
-def remote_content_id(uri: str) -> str | None:
+def content_id(uri: str) -> str | None:
     """The video id of a source wherever it lies, read in pieces; None if it cannot be read (the fetch stage says
     why)."""
     fs, path = filesystem_of(uri)

@@ -41,12 +41,17 @@ class IngestConfig:
     """Share of quarantined sources above which the run stops, judged after 100 sources."""
 
     def __post_init__(self) -> None:
+        if self.media.part_seconds < self.clip_grid.clip_s:
+            raise ValueError(f"media.part_seconds must hold a clip of {self.clip_grid.clip_s:g} s at least.")
         if self.samples_per_shard < 1 or not 0 < self.max_failure_rate <= 1:
             raise ValueError("samples_per_shard must be at least 1 and max_failure_rate within (0, 1].")
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Names the settings; what a command adds to them (its sources, its dataset) does not count."""
+        settings = dataclasses.asdict(self)
+        own = {f.name: settings[f.name] for f in dataclasses.fields(IngestConfig)}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fetch_and_probe(row: Row, *, config: IngestConfig) -> Iterator[Row]:
@@ -69,17 +74,22 @@ def transcode(row: Row, *, config: IngestConfig, folder: Folder) -> Iterator[Row
     grid, found = config.clip_grid, json.loads(row["probe"])
     with _as_file(row) as path:
         made = media.transcode(path, found=found, grid=grid, config=config.media)
-        captions = _captions(row, path, found, config=config) if "captions" in config.transcribe.transcripts else []
+        captions, language = None, None
+        if "captions" in config.transcribe.transcripts:
+            captions, language = _captions(row, path, found, config=config)
     if config.media.keep_previews:
         folder.write(f"media/{row['video_id']}.mp4", made.preview)
     part_s, start_s = made.part_frames / grid.fps, found["start_s"]
     for index, preview in enumerate(made.parts):
-        begin_s, end_s = index * part_s, min((index + 1) * part_s, made.num_frames / grid.fps)
+        is_last = index == len(made.parts) - 1
+        begin_s, end_s = index * part_s, made.num_frames / grid.fps if is_last else (index + 1) * part_s
         first, last = (round(t * media.SAMPLE_RATE) for t in (begin_s, end_s))
-        in_part = [c for c in captions if begin_s <= c.start_s < end_s]
+        in_part = None
+        if captions is not None:
+            relative = [c for c in captions if begin_s <= c.start_s and (is_last or c.start_s < end_s)]
+            in_part = [dataclasses.asdict(c) for c in transcribe.shifted(relative, by_s=start_s)]
         yield row | {
             "media": None,
-            "title": row["title"] or found["title"],
             "detail": made.note or None,
             "source_s": made.num_frames / grid.fps,
             "num_parts": len(made.parts),
@@ -88,28 +98,31 @@ def transcode(row: Row, *, config: IngestConfig, folder: Folder) -> Iterator[Row
             "part_end_s": start_s + end_s,
             "preview": preview,
             "audio": made.sound[first:last].astype("<i2").tobytes(),
-            "captions": [dataclasses.asdict(c) for c in transcribe.shifted(in_part, by_s=start_s)],
+            "captions": in_part,
+            "language": language,
         }
 
 
 def transcribe_row(row: Row, *, recogniser: transcribe.Recogniser | None) -> Iterator[Row]:
     """Adds the sentences of the part: its captions, else what the recogniser hears."""
     heard: list[Sentence] = []
-    name, version = "none", ""
-    if row["captions"]:
-        name, version, heard = "captions", "", [Sentence(**caption) for caption in row["captions"]]
+    name, version, language = "none", "", None
+    if row["captions"] is not None:
+        name, language = "captions", row["language"]
+        heard = [Sentence(**caption) for caption in row["captions"]]
     elif row["audio"] and recogniser is not None:
         try:
             relative = recogniser.transcribe(np.frombuffer(row["audio"], "<i2"))
         except (RuntimeError, ValueError) as error:
             raise StageError("transcribe_failed", f"{recogniser.name}: {error}") from error
         heard = transcribe.shifted(relative, by_s=row["part_start_s"])
-        name, version = recogniser.name, recogniser.version
+        name, version, language = recogniser.name, recogniser.version, recogniser.language
     yield row | {
         "audio": None,
         "captions": None,
         "sentences": [dataclasses.asdict(sentence) for sentence in heard],
         "asr_name": name if heard else "none",
+        "language": language if heard else None,
         "asr_version": version,
     }
 
@@ -127,17 +140,25 @@ def assign_tokens(row: Row, *, tree: vocabulary.Vocabulary, config: IngestConfig
     yield row | {"features": kept, "visual_tokens": tree.assign(found).tobytes()}
 
 
-def _captions(row: Row, path: str, found: dict[str, Any], *, config: IngestConfig) -> list[Sentence]:
-    """Captions of a source, from a sidecar or its own text track; times from the container's start."""
+def _captions(
+    row: Row, path: str, found: dict[str, Any], *, config: IngestConfig
+) -> tuple[list[Sentence] | None, str | None]:
+    """Captions of a source, from a sidecar or its own text track, and their language as far as it is stated.
+
+    Times count from the container's start; None where the source has no captions.
+    """
     if row["captions_uri"]:
         try:
-            return transcribe.parse_captions(_read(row["captions_uri"]).decode("utf-8-sig", errors="replace"))
-        except OSError:  # the sidecar has gone since the listing: the source may still carry a track of its own
+            if cues := transcribe.parse_captions(transcribe.decode_captions(_read(row["captions_uri"]))):
+                return cues, None
+        except (OSError, ValueError):  # gone since the listing: the source may still carry a track of its own
             pass
     wanted = config.transcribe.language
-    tracks = sorted(found["subtitles"], key=lambda t: not (t["language"] or "und").startswith((wanted, "und")))
-    texts = (media.read_captions(path, index=track["index"], config=config.media) for track in tracks)
-    return next((cues for cues in map(transcribe.parse_captions, texts) if cues), [])
+    for track in sorted(found["subtitles"], key=lambda t: not (t["language"] or "und").startswith((wanted, "und"))):
+        text = media.read_captions(path, index=track["index"], config=config.media)
+        if cues := transcribe.parse_captions(text):
+            return cues, track["language"]
+    return None, None
 
 
 def _read(uri: str) -> bytes:

@@ -8,9 +8,11 @@ leave this module on the clock.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import html
 import importlib.metadata
+import itertools
 import math
 import os
 import re
@@ -49,6 +51,7 @@ class Recogniser(Protocol):
 
     name: str
     version: str
+    language: str
 
     def transcribe(self, sound: np.ndarray) -> list[Sentence]:
         """sound: [num_samples] int16 at 16 kHz."""
@@ -59,6 +62,7 @@ class Sphinx:
     """PocketSphinx with the English model inside its wheel: small, offline, hears about half of the words."""
 
     name = "sphinx"
+    language = "en"
 
     def __init__(self) -> None:
         import pocketsphinx
@@ -117,12 +121,12 @@ class Whisper:
     name = "whisper"
 
     def __init__(self, checkpoint: Path, *, language: str) -> None:
-        import torch
         import whisper
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = whisper.load_model(str(checkpoint), device=device)
-        self._options = {"language": language, "fp16": device == "cuda", "verbose": None}
+        # On the CPU: Ray gives this stage no GPU, and one process per core on a shared GPU would fill its memory.
+        self._model = whisper.load_model(str(checkpoint), device="cpu")
+        self._options = {"language": language, "fp16": False, "verbose": None}
+        self.language = language
         digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
         self.version = f"openai-whisper {importlib.metadata.version('openai-whisper')} {checkpoint.stem} {digest}"
 
@@ -212,6 +216,16 @@ def sentences_of_words(words: Sequence[Sentence], *, origin: str) -> list[Senten
     return sentences
 
 
+def decode_captions(data: bytes) -> str:
+    """The text of a caption file: UTF-16 with its mark, else UTF-8, else Windows-1252, which old tools write."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
 _CUE_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})\s*-->\s*(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})")
 _MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 
@@ -220,8 +234,9 @@ def parse_captions(text: str) -> list[Sentence]:
     """The cues of SubRip or WebVTT text, one sentence each, sorted by start; cues without words or with bad times drop
     out."""
     sentences = []
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     matches = list(_CUE_TIME.finditer(text))
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
+    for match, following in itertools.zip_longest(matches, matches[1:]):
         body = text[match.end() : following.start() if following else len(text)].split("\n")
         # The rest of the time line are WebVTT cue settings; an empty line ends the cue.
         lines = []

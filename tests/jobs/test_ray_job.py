@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,7 +44,8 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
     # Ray keeps sockets in it, and their paths are limited to 107 bytes.
-    command += [f"--temp-dir=/tmp/vb-ray-{os.getpid()}"]
+    temp_dir = f"/tmp/vb-ray-{os.getpid()}"
+    command += [f"--temp-dir={temp_dir}"]
     log = (tmp_path / "head.log").open("w")
     head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -55,6 +57,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             head.wait(timeout=30)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def wait_for_port(port: int, log: Path, *, deadline_s: float = 90.0) -> None:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.dataset import ClipGrid, Dataset, DatasetInfo, Folder, Sample, Sentence, read_members
+from pipelines.dataset import (
+    LEDGER_SCHEMA,
+    ClipGrid,
+    Dataset,
+    DatasetInfo,
+    Folder,
+    Sample,
+    Sentence,
+    read_members,
+    unique_samples,
+)
 from pipelines.rows import ROW_SCHEMA, Row
 from pipelines.sink import build_shard, publish
 
@@ -96,20 +109,34 @@ def test_offsets_point_at_each_samples_members() -> None:
 
 def test_stock_webdataset_reads_the_shards_in_six_lines(tmp_path: Path) -> None:
     write_dataset(tmp_path, [[sample("a" * 16), sample("b" * 16)]])
-    import json
-
     import webdataset as wds
 
     (shard,) = (tmp_path / "shards").glob("*.tar")
-    for entry in wds.WebDataset(str(shard), shardshuffle=False):
-        record, tokens = json.loads(entry["json"]), np.load(__import__("io").BytesIO(entry["tokens.npy"]))
-        assert entry["__key__"] == record["key"]
-        assert tokens.shape == (5,)
+    entries = list(wds.WebDataset(str(shard), shardshuffle=False))
+    assert [entry["__key__"] for entry in entries] == ["a" * 16 + "-0000", "b" * 16 + "-0000"]
+    for entry in entries:
+        assert json.loads(entry["json"])["key"] == entry["__key__"]
+        assert np.load(io.BytesIO(entry["tokens.npy"])).shape == (5,)
 
 
 def test_readers_see_each_sample_once_even_if_two_writers_committed_it(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, [[sample("a" * 16), sample("b" * 16)], [sample("b" * 16), sample("c" * 16)]])
     assert sorted(s.video_id[0] for s in dataset.samples()) == ["a", "b", "c"]
+
+
+def test_samples_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
+    """A retry may cut a video into fewer parts; those of the first cut must not come back."""
+    keys = {1: ["v-0000", "v-0001", "v-0002"], 2: ["v-0000", "v-0001"]}
+    rows = [
+        {"source_id": "v", "attempt": attempt, "status": "kept", "key": key, "shard": f"{attempt}.tar"}
+        for attempt, names in keys.items()
+        for key in names
+    ]
+    found = unique_samples(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
+    assert found.select(["key", "shard"]).to_pylist() == [
+        {"key": "v-0000", "shard": "2.tar"},
+        {"key": "v-0001", "shard": "2.tar"},
+    ]
 
 
 def test_a_shard_without_its_ledger_file_does_not_exist(tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from pipelines.report import report_of
 from pipelines.stages import IngestConfig
 from pipelines.vocabulary import VocabularyConfig
 
-pytestmark = pytest.mark.integration
-
 MakeVideo = Callable[..., Path]
 CONFIG = IngestConfig(
     features=FeaturesConfig(weights="random:0", pixels=32),
@@ -48,6 +46,7 @@ def corpus(make_video: MakeVideo, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.integration
 def test_a_run_balances_and_a_second_one_does_nothing(ray_session: None, corpus: Path, tmp_path: Path) -> None:
     dataset = tmp_path / "dataset"
     result, _ = run(corpus, dataset=dataset)
@@ -69,6 +68,7 @@ def test_a_run_balances_and_a_second_one_does_nothing(ray_session: None, corpus:
     assert sorted(p.name for p in dataset.rglob("*")) == files
 
 
+@pytest.mark.integration
 def test_new_videos_are_added_with_the_same_vocabulary_and_others_left_alone(
     ray_session: None, make_video: MakeVideo, tmp_path: Path
 ) -> None:
@@ -86,6 +86,7 @@ def test_new_videos_are_added_with_the_same_vocabulary_and_others_left_alone(
     assert set(shards) < set((dataset / "shards").iterdir())
 
 
+@pytest.mark.integration
 def test_quarantined_sources_are_tried_again_when_their_reason_is_named(
     ray_session: None, make_video: MakeVideo, tmp_path: Path
 ) -> None:
@@ -101,6 +102,36 @@ def test_quarantined_sources_are_tried_again_when_their_reason_is_named(
     assert (report["sources"]["kept"], report["sources"]["quarantined"], report["balanced"]) == (1, 0, True)
 
 
+@pytest.mark.integration
+def test_a_copy_takes_over_when_its_original_cannot_be_kept(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    """Filtered as a duplicate of a source that then fails, it would otherwise be lost for good."""
+    dataset = tmp_path / "dataset"
+    original = make_video("corpus/a.mp4", seconds=3.2)
+    shutil.copy(original, tmp_path / "corpus" / "b.mp4")
+    strict = dataclasses.replace(CONFIG, media=MediaConfig(max_pixels=100))
+    run(tmp_path / "corpus", dataset=dataset, config=strict)
+    assert report_of(str(dataset)).to_dict()["reasons"] == {"duplicate": 1, "too_large": 1}
+    original.unlink()
+    run(tmp_path / "corpus", dataset=dataset)
+    report = report_of(str(dataset)).to_dict()
+    assert (report["sources"]["kept"], report["sources"]["quarantined"], report["balanced"]) == (1, 1, True)
+    assert [s.title for s in Dataset(str(dataset)).samples()] == ["b"]
+
+
+@pytest.mark.integration
+def test_previews_of_the_dataset_itself_are_no_sources(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    make_video("corpus/a.mp4", seconds=3.2)
+    dataset = tmp_path / "corpus" / "dataset"
+    run(tmp_path / "corpus", dataset=dataset)
+    assert list((dataset / "media").iterdir())
+    assert run(tmp_path / "corpus", dataset=dataset)[0].num_sources == 1
+
+
+@pytest.mark.integration
 def test_long_videos_become_several_samples_on_one_clock(
     ray_session: None, make_video: MakeVideo, tmp_path: Path
 ) -> None:
@@ -116,6 +147,7 @@ def test_long_videos_become_several_samples_on_one_clock(
     assert not third.sentences
 
 
+@pytest.mark.integration
 def test_a_dataset_refuses_features_of_another_extractor(
     ray_session: None, make_video: MakeVideo, tmp_path: Path
 ) -> None:
@@ -127,12 +159,14 @@ def test_a_dataset_refuses_features_of_another_extractor(
 
 
 def test_a_dataset_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("x")
     (tmp_path / "dataset").write_text("a file")
-    with pytest.raises((PermissionError, NotADirectoryError, FileExistsError)):
-        run(tmp_path, dataset=tmp_path / "dataset")
+    with pytest.raises(PermissionError, match="cannot write to the dataset folder"):
+        run(tmp_path / "a.mp4", dataset=tmp_path / "dataset")
 
 
 def test_weights_must_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("x")
     config = dataclasses.replace(CONFIG, features=FeaturesConfig())
     with pytest.raises(ValueError, match="no S3D weights named"):
         run(tmp_path, dataset=tmp_path / "dataset", config=config)

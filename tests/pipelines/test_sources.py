@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.dataset import LEDGER_SCHEMA
-from pipelines.sources import Source, discover, duplicates
+from pipelines.sources import Source, content_id, discover, duplicates
 
 EMPTY = LEDGER_SCHEMA.empty_table()
 
@@ -40,7 +41,9 @@ def test_the_same_file_by_two_ways_is_one_source(tmp_path: Path) -> None:
 def test_a_glob_takes_what_matches(tmp_path: Path) -> None:
     for name in ("one/a.mp4", "one/b.mkv", "two/c.mp4"):
         put(tmp_path, name)
+    put(tmp_path, "one/deep/d.mp4")
     assert names(discover([str(tmp_path / "*" / "*.mp4")])) == ["a.mp4", "c.mp4"]
+    assert names(discover([str(tmp_path / "**" / "*.mp4")])) == ["a.mp4", "d.mp4", "c.mp4"]
 
 
 def test_a_named_file_is_taken_whatever_its_ending(tmp_path: Path) -> None:
@@ -79,6 +82,28 @@ def test_a_list_names_sources_from_its_own_folder_with_titles(tmp_path: Path, ki
     assert (Path(source.uri), source.title) == (tmp_path / "clips/a.mp4", "Onions")
 
 
+@pytest.mark.parametrize("name", ["a b.mp4", "50%.mp4", "h#1.mp4", "q?.mp4", "it's é.mp4"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_any_name_leads_back_to_its_file(tmp_path: Path, name: str, scheme: str) -> None:
+    put(tmp_path, name, name.encode())
+    (source,) = discover([f"{scheme}{tmp_path}"])
+    assert source.title == Path(name).stem
+    assert content_id(source.uri) == hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def test_captions_in_a_language_belong_to_their_video_too(tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.en.VTT", "ab.srt"):
+        put(tmp_path, name)
+    (source,) = discover([str(tmp_path)])
+    assert source.captions_uri == str(tmp_path / "a.en.VTT")
+
+
+def test_a_list_that_cannot_be_read_names_itself(tmp_path: Path) -> None:
+    broken = put(tmp_path, "list.jsonl", b'{"uri": ')
+    with pytest.raises(ValueError, match=r"list\.jsonl cannot be read.*write it as UTF-8 jsonl"):
+        discover([str(broken)])
+
+
 def test_a_missing_place_and_an_empty_one_are_errors_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="check the spelling"):
         discover([str(tmp_path / "nowhere")])
@@ -100,9 +125,7 @@ def test_of_equal_files_the_first_by_name_stays(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_kept_video_is_a_duplicate_in_a_later_run(tmp_path: Path) -> None:
     first = discover([str(put(tmp_path, "a.mp4", b"same"))])
-    from pipelines.sources import remote_content_id
-
-    kept = {"uri": first[0].uri, "size_bytes": 4, "video_id": remote_content_id(first[0].uri), "status": "kept"}
+    kept = {"uri": first[0].uri, "size_bytes": 4, "video_id": content_id(first[0].uri), "status": "kept"}
     ledger = pa.Table.from_pylist([kept], schema=LEDGER_SCHEMA)
     later = discover([str(put(tmp_path, "0.mp4", b"same"))])
     assert list(duplicates(later, ledger)) == [later[0].source_id]

@@ -18,6 +18,7 @@ from pipelines.transcribe import (
     TranscribeConfig,
     Whisper,
     choose_recogniser,
+    decode_captions,
     find_whisper_checkpoint,
     parse_captions,
     sentences_of_words,
@@ -66,7 +67,19 @@ def test_webvtt_cues_may_leave_out_hours_and_text() -> None:
 
 @given(st.text(max_size=400))
 def test_any_text_parses_without_an_error(text: str) -> None:
+    parse_captions(text)
     parse_captions(text + "\n00:00:01,000 --> 00:00:02,000\n" + text)
+
+
+@pytest.mark.parametrize("text", ["", "WEBVTT\n\n", "hello"])
+def test_captions_without_a_cue_are_no_sentences(text: str) -> None:
+    assert parse_captions(text) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_captions_of_any_usual_encoding_and_line_end_are_read(encoding: str) -> None:
+    data = "1\r00:00:01,000 --> 00:00:02,000\rZwiebeln schälen\r".encode(encoding)
+    assert [cue.text for cue in parse_captions(decode_captions(data))] == ["Zwiebeln schälen"]
 
 
 def test_words_are_joined_until_a_pause() -> None:
