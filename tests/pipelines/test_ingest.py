@@ -48,7 +48,7 @@ def corpus(make_video: MakeVideo, tmp_path: Path) -> Path:
 
 @pytest.mark.integration
 def test_a_run_balances_and_a_second_one_does_nothing(ray_session: None, corpus: Path, tmp_path: Path) -> None:
-    dataset = tmp_path / "dataset"
+    dataset = corpus / "dataset"  # its previews are no sources of the second run
     result, _ = run(corpus, dataset=dataset)
     assert (result.num_sources, result.num_new) == (7, 6)
     report = report_of(str(dataset)).to_dict()
@@ -63,7 +63,7 @@ def test_a_run_balances_and_a_second_one_does_nothing(ray_session: None, corpus:
     assert samples["v1"].asr["name"] == "none"
     files = sorted(p.name for p in dataset.rglob("*"))
     again, said = run(corpus, dataset=dataset)
-    assert again.num_new == 0
+    assert (again.num_sources, again.num_new) == (7, 0)
     assert any("nothing new" in line for line in said)
     assert sorted(p.name for p in dataset.rglob("*")) == files
 
@@ -87,48 +87,23 @@ def test_new_videos_are_added_with_the_same_vocabulary_and_others_left_alone(
 
 
 @pytest.mark.integration
-def test_quarantined_sources_are_tried_again_when_their_reason_is_named(
+def test_a_copy_takes_over_from_a_failed_original_which_a_retry_then_finds_to_be_the_copy(
     ray_session: None, make_video: MakeVideo, tmp_path: Path
 ) -> None:
+    """Filtered as a duplicate of a source that then fails, the copy would otherwise be lost for good."""
     dataset = tmp_path / "dataset"
-    make_video("corpus/a.mp4", seconds=3.2)
-    strict = dataclasses.replace(CONFIG, media=MediaConfig(max_pixels=100))
-    run(tmp_path / "corpus", dataset=dataset, config=strict)
-    assert report_of(str(dataset)).to_dict()["reasons"] == {"too_large": 1}
-    assert run(tmp_path / "corpus", dataset=dataset)[0].num_new == 0
-    result, _ = run(tmp_path / "corpus", dataset=dataset, retry=("too_large",))
-    assert result.num_new == 1
-    report = report_of(str(dataset)).to_dict()
-    assert (report["sources"]["kept"], report["sources"]["quarantined"], report["balanced"]) == (1, 0, True)
-
-
-@pytest.mark.integration
-def test_a_copy_takes_over_when_its_original_cannot_be_kept(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    """Filtered as a duplicate of a source that then fails, it would otherwise be lost for good."""
-    dataset = tmp_path / "dataset"
-    original = make_video("corpus/a.mp4", seconds=3.2)
-    shutil.copy(original, tmp_path / "corpus" / "b.mp4")
+    shutil.copy(make_video("corpus/a.mp4", seconds=3.2), tmp_path / "corpus" / "b.mp4")
     strict = dataclasses.replace(CONFIG, media=MediaConfig(max_pixels=100))
     run(tmp_path / "corpus", dataset=dataset, config=strict)
     assert report_of(str(dataset)).to_dict()["reasons"] == {"duplicate": 1, "too_large": 1}
-    original.unlink()
-    run(tmp_path / "corpus", dataset=dataset)
-    report = report_of(str(dataset)).to_dict()
-    assert (report["sources"]["kept"], report["sources"]["quarantined"], report["balanced"]) == (1, 1, True)
+    assert run(tmp_path / "corpus", dataset=dataset)[0].num_new == 1
+    assert report_of(str(dataset)).to_dict()["reasons"] == {"too_large": 1}
     assert [s.title for s in Dataset(str(dataset)).samples()] == ["b"]
-
-
-@pytest.mark.integration
-def test_previews_of_the_dataset_itself_are_no_sources(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    make_video("corpus/a.mp4", seconds=3.2)
-    dataset = tmp_path / "corpus" / "dataset"
-    run(tmp_path / "corpus", dataset=dataset)
-    assert list((dataset / "media").iterdir())
-    assert run(tmp_path / "corpus", dataset=dataset)[0].num_sources == 1
+    run(tmp_path / "corpus", dataset=dataset, retry=("too_large",))
+    report = report_of(str(dataset)).to_dict()
+    assert report["reasons"] == {"duplicate": 1}
+    assert report["sources"] == {"total": 2, "kept": 1, "filtered": 1, "quarantined": 0, "pending": 0}
+    assert report["balanced"] is True
 
 
 @pytest.mark.integration
