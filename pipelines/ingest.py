@@ -146,9 +146,9 @@ class _Run:
         repeated = sources.duplicates(chosen, kept)
         rows, ledger_rows = [], []
         for source in chosen:
-            row = _listing_row(source, attempt=attempts[source.source_id])
+            row = listing_row(source, attempt=attempts[source.source_id])
             if source.source_id not in known:
-                ledger_rows.append(_listing_row(source, attempt=0, status="pending"))
+                ledger_rows.append(listing_row(source, attempt=0, status="pending"))
             if source.source_id in repeated:
                 video_id, original = repeated[source.source_id]
                 verdict = {"status": "filtered", "stage": "discover", "reason": "duplicate", "video_id": video_id}
@@ -258,7 +258,8 @@ class _Run:
         self.phases_s["tokens, shards"] = time.perf_counter() - began_s
 
 
-def _listing_row(source: sources.Source, *, attempt: int, status: str | None = None) -> Row:
+def listing_row(source: sources.Source, *, attempt: int, status: str | None = None) -> Row:
+    """A row of the graph (status null) or of the ledger for a source as it was listed."""
     known = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
     return known | {"source_id": source.source_id, "attempt": attempt, "status": status}
 
