@@ -82,10 +82,10 @@ class PretrainConfig:
 def tiny() -> PretrainConfig:
     """Learns a corpus of some hundred sentences on two cores.
 
-    It departs from the paper where so little data asks for it: more of an example is masked than in BERT (of eight words
-    and two visual tokens, 15 % would be one of each); sentences are not joined with neighbours, whose words would be
-    copied instead of looking; one pair in five is misaligned and not one in two, so that more words are predicted from
-    their own pictures; and many small steps without dropout. docs/log.md has the measurements.
+    It departs from the paper where so little data asks for it: more of an example is masked than in BERT (of eight
+    words and two visual tokens, 15 % would be one of each); sentences are not joined with neighbours, whose words would
+    be copied instead of looking; one pair in five is misaligned and not one in two, so that more words are predicted
+    from their own pictures; and many small steps without dropout. docs/log.md has the measurements.
     """
     return PretrainConfig(
         recipe="tiny",

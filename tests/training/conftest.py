@@ -117,7 +117,14 @@ def write_dataset(root: Path, samples: list[Sample], centroids: np.ndarray) -> s
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
             row = dict.fromkeys(LEDGER_SCHEMA.names)
-            row |= {"status": "kept", "key": sample.key, "shard": "one.tar", "video_id": sample.video_id}
+            row |= {
+                "source_id": sample.video_id,
+                "attempt": 1,
+                "status": "kept",
+                "key": sample.key,
+                "shard": "one.tar",
+                "video_id": sample.video_id,
+            }
             rows.append({**row, "offset": offset, "num_bytes": tar.offset - offset})
     (root / "shards/one.tar").write_bytes(shard.getvalue())
     pq.write_table(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA), root / "ledger/one.parquet")
