@@ -167,13 +167,12 @@ def render(dataset: Dataset, out: Path, *, run_id: str | None, evaluation: ZeroS
 
 def query(dataset: Dataset, model_uri: str, *, fraction: float) -> str:
     """Ask the registered model, through MLflow as any other program would, what happens in a segment of a video."""
-    import mlflow
     import pandas as pd
 
+    from training import registry
     from training.tracking import tracking_uri
 
-    mlflow.set_tracking_uri(tracking_uri(dataset.url))
-    model = mlflow.pyfunc.load_model(model_uri)
+    model = registry.load_served(model_uri, uri=tracking_uri(dataset.url))
     sample = unseen_sample(dataset, fraction=fraction)
     segment = max(sample.segments(), key=lambda segment: len(segment.visual_tokens))
     question = "now let me show you how to [MASK] the [MASK]"

@@ -108,6 +108,12 @@ def load(model: str, *, uri: str) -> TrainedModel:
     return TrainedModel.load(local_folder(model, uri=uri))
 
 
+def load_served(model: str, *, uri: str) -> mlflow.pyfunc.PyFuncModel:
+    """A registered model as any other program gets it from MLflow; see `training.predictor` for its columns."""
+    with _tracking_at(uri):
+        return mlflow.pyfunc.load_model(model)
+
+
 @contextmanager
 def _tracking_at(uri: str) -> Iterator[None]:
     """MLflow's global address, for the calls that know no other way; as it was afterwards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def test_demo_goes_from_nothing_to_a_registered_model_and_a_page(
     report = report_of(str(tmp_path / "out" / "dataset")).to_dict()
     assert report["sources"]["kept"] == 5
     assert report["transcripts"] == {"captions": 5}
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # a command leaves the process as it found it
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/") >= 5
     assert demo.main(["--out", str(tmp_path / "out"), *SMALL]) == 0
