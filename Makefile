@@ -15,7 +15,7 @@ demo: $(STAMP)  ## the whole path on a small generated corpus; ends with a repor
 test: $(STAMP)  ## every test but the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-unit: $(STAMP)  ## the tests that start neither Ray nor MLflow: under a minute
+unit: $(STAMP)  ## the tests that start no Ray and no network: about a minute
 	$(BIN)/python -m pytest -m "not slow and not integration"
 
 lint: $(STAMP)

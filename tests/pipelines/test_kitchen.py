@@ -71,6 +71,7 @@ def test_dishes_keep_the_common_order_of_verbs_and_use_each_equally() -> None:
 # -- truth against the files ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_the_truth_is_the_same_for_the_same_seed(kitchen: list[Path], tmp_path: Path) -> None:
     again = make_kitchen(tmp_path, CONFIG, num_processes=1)
     assert [read_truth(v) for v in again] == [read_truth(v) for v in kitchen]
@@ -175,6 +176,7 @@ def test_every_verb_moves_and_every_object_looks_different() -> None:
             assert np.abs(stills[verb, thing] - stills[verb, OBJECTS[0]]).mean() > 3, (verb, thing)
 
 
+@pytest.mark.integration
 def test_an_untrained_s3d_tells_verbs_and_objects_apart() -> None:
     extractor = load_s3d(weights="random:0", device="cpu")
     rng = np.random.default_rng(0)

@@ -18,6 +18,9 @@ from pipelines.s3d import KINETICS400, S3D, WeightsError, load_s3d, load_weights
 State = dict[str, torch.Tensor]
 
 
+pytestmark = pytest.mark.integration  # they run a whole network
+
+
 @pytest.fixture(scope="module")
 def model() -> S3D:
     return random_s3d(seed=3)

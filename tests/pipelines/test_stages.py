@@ -37,6 +37,7 @@ def heard(row: Row, recogniser: Sphinx | None = None) -> Row:
     return done
 
 
+@pytest.mark.integration
 def test_a_famous_sentence_muxed_onto_a_clip_is_heard_by_half_at_least(
     make_video: MakeVideo, shared_media: Path, tmp_path: Path
 ) -> None:
