@@ -304,6 +304,16 @@ def filesystem_of(url: str) -> tuple[pafs.FileSystem, str]:
     return fs, path.rstrip("/")
 
 
+def content_id(uri: str) -> str:
+    """The video id of a file wherever it lies: SHA-256 of its bytes, first 16 hexadecimal digits. Raises OSError."""
+    fs, path = filesystem_of(uri)
+    digest = hashlib.sha256()
+    with fs.open_input_stream(path) as stream:
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
 def absolute_url(url: str) -> str:
     """The same place for processes in any working directory."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))

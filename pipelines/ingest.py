@@ -140,7 +140,8 @@ class _Run:
         for source in listed:
             outcome = known.get(source.source_id, {"outcome": "new", "attempt": 0, "reason": None})
             again = outcome["outcome"] == "quarantined" and outcome["reason"] in retry
-            if outcome["outcome"] in ("new", "pending") or again or source.source_id in orphans:
+            orphaned = outcome["reason"] == "duplicate" and source.source_id in orphans
+            if outcome["outcome"] in ("new", "pending") or again or orphaned:
                 attempts[source.source_id] = outcome["attempt"] + 1
         chosen = [source for source in listed if source.source_id in attempts]
         repeated = sources.duplicates(chosen, kept)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import json
 import os
 import resource
@@ -135,12 +134,6 @@ def probe(path: str, *, config: MediaConfig) -> dict[str, Any]:
     if pixels > config.max_pixels or (found["duration_s"] or 0) > config.max_seconds:
         raise StageError("too_large", f"{pixels} pixels a picture, {found['duration_s']} s")
     return found
-
-
-def content_id(path: str) -> str:
-    """The video id: SHA-256 of the bytes, first 16 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

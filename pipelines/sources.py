@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pyarrow import Table
 
-from pipelines.dataset import filesystem_of
+from pipelines.dataset import content_id, filesystem_of
 
 _VIDEO = "mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv asf ogv 3gp gif mxf"
 # Sound files are listed too: the books must balance, and a recording without pictures is filtered with its reason.
@@ -225,23 +225,12 @@ def duplicates(sources: Sequence[Source], ledger: Table) -> dict[str, tuple[str,
             continue
         first = dict(earlier.get(size_bytes, {}))
         for source in sorted(group, key=lambda source: source.uri):
-            video_id = content_id(source.uri)
-            if video_id is not None and video_id in first:
+            try:
+                video_id = content_id(source.uri)
+            except OSError:  # the fetch stage says why
+                continue
+            if video_id in first:
                 repeated[source.source_id] = (video_id, first[video_id])
-            elif video_id is not None:
+            else:
                 first[video_id] = source.uri
     return repeated
-
-
-def content_id(uri: str) -> str | None:
-    """The video id of a source wherever it lies, read in pieces; None if it cannot be read (the fetch stage says
-    why)."""
-    fs, path = filesystem_of(uri)
-    digest = hashlib.sha256()
-    try:
-        with fs.open_input_stream(path) as stream:
-            while piece := stream.read(1 << 22):
-                digest.update(piece)
-    except OSError:
-        return None
-    return digest.hexdigest()[:16]

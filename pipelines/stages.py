@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import features, media, sink, transcribe, vocabulary
-from pipelines.dataset import ClipGrid, DatasetInfo, Folder, Sentence, filesystem_of
+from pipelines.dataset import ClipGrid, DatasetInfo, Folder, Sentence, content_id, filesystem_of
 from pipelines.errors import StageError
 from pipelines.rows import Row, run_stage
 
@@ -62,7 +62,7 @@ def fetch_and_probe(row: Row, *, config: IngestConfig) -> Iterator[Row]:
     try:
         data = _read(row["uri"]) if remote else None
         with _as_file(row | {"media": data}) as path:
-            video_id = media.content_id(path)
+            video_id = content_id(path)
             found = media.probe(path, config=config.media)
     except OSError as error:
         raise StageError("fetch_failed", str(error)) from error

@@ -40,7 +40,7 @@ def set_visual_rows(model: VideoBERT, centroids: np.ndarray) -> RowNorms:
     if len(centroids) != layout.num_visual:
         raise ValueError(
             f"the vocabulary has {len(centroids)} centroids and dataset.json says {layout.num_visual} visual tokens; "
-            "run `videobert vocabulary retokenize`."
+            "restore the vocabulary that dataset.json names."
         )
     table = model.embeddings.tokens.weight
     text_norm = _mean_norm(table[: layout.num_text].detach().numpy())
