@@ -18,19 +18,31 @@ class Reason:
 
 REASONS: dict[str, Reason] = {
     "duplicate": Reason("filtered", "byte for byte the same as another source; the first by name is kept"),
+    "near_duplicate": Reason("filtered", "nearly the same as another kept video (filters.near_duplicate)"),
+    "superseded": Reason("filtered", "the file was changed since; its new version is a source of its own"),
+    "removed": Reason("filtered", "no longer in its place, and the run was asked to drop such sources"),
     "no_video": Reason("filtered", "no moving pictures (audio only, or cover art)"),
-    "too_short": Reason("filtered", "shorter than one clip, as decoded"),
+    "too_short": Reason("filtered", "shorter than one clip as decoded, or than filters.min_seconds"),
+    "too_long": Reason("filtered", "longer than filters.max_seconds"),
+    "static": Reason("filtered", "the picture hardly moves (filters.min_motion)"),
+    "blank": Reason("filtered", "the picture shows next to nothing (filters.min_contrast)"),
+    "no_speech": Reason("filtered", "nobody says a word (filters.require_speech)"),
+    "language": Reason("filtered", "spoken in a language that filters.languages does not name"),
     "fetch_failed": Reason("quarantined", "the bytes could not be read; look at the storage, then retry"),
+    "wrong_content": Reason(
+        "quarantined", "the server answered with something that is not media, a web page for example"
+    ),
     "too_large": Reason(
-        "quarantined", "more bytes, pixels or seconds than the limits allow; raise media.max_* to accept it"
+        "quarantined", "more bytes, pixels, streams or seconds than the limits allow; raise fetch.max_* or media.max_*"
     ),
     "unreadable": Reason("quarantined", "not a media file that ffmpeg can open"),
     "forbidden_format": Reason("quarantined", "a playlist or another format that may point at other files"),
     "decode_failed": Reason("quarantined", "opened, but its pictures could not be decoded"),
     "timeout": Reason("quarantined", "a child process was stopped after media.timeout_s (the probe: 60 s)"),
+    "limit_exceeded": Reason("quarantined", "a child process ran into its limit of memory, CPU time or output bytes"),
     "transcribe_failed": Reason("quarantined", "speech recognition failed"),
-    "stage_failed": Reason("quarantined", "an error that no stage foresaw; the detail names it, please report it"),
     "features_failed": Reason("quarantined", "feature extraction failed"),
+    "stage_failed": Reason("quarantined", "an error that no stage foresaw; the detail names it, please report it"),
 }
 
 
