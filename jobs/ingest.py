@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from jobs.command import UsageError, door, parse
 from pipelines.errors import REASONS
 from pipelines.stages import IngestConfig
+from pipelines.todo import Removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +20,18 @@ class IngestJob(IngestConfig):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("sources",)
 
     sources: tuple[str, ...]
-    """Folders, globs, media files, .csv/.jsonl/.parquet lists; local or s3:// gs://."""
+    """Folders, globs, media files, WebDataset .tar files, .csv/.jsonl/.parquet lists, other datasets; local, s3:// or
+    gs://; lists may name http(s):// too."""
     dataset: str
     """Dataset folder or URL; made if it is not there."""
     retry: tuple[str, ...] = ()
-    """Quarantine reasons to try again."""
+    """Reasons for which a source failed or was filtered, to try those again."""
+    removed: Removed = "keep"
+    """What to do with sources that are gone from the places given: keep their samples, or drop them."""
     dry_run: bool = False
-    """List the sources that would be handled, and stop."""
+    """Take a sample through all stages, print what the whole would cost, write nothing."""
+    json: bool = False
+    """Print the bill or the final report as one JSON object, and progress on standard error."""
 
 
 @door
@@ -34,22 +41,44 @@ def main(argv: list[str]) -> int:
         if reason not in REASONS:
             raise UsageError(f"no reason is called {reason!r}: retry takes some of {', '.join(REASONS)}.")
     from jobs.cluster import connected
-    from pipelines.ingest import ingest
+    from jobs.ingest_tracking import record_ingest
+    from pipelines.ingest import code_version, dry_run, ingest
     from pipelines.report import render_text, report_of
 
-    ingest(
+    def say(line: str) -> None:
+        print(line, flush=True, file=sys.stderr if job.json else sys.stdout)
+
+    if job.dry_run:
+        bill = dry_run(job.sources, dataset=job.dataset, config=job, retry=job.retry, say=say)
+        if job.json:
+            print(json.dumps(bill.to_dict() if bill else {}, indent=1))
+        elif bill:
+            print(bill.text())
+        return 0
+    result = ingest(
         job.sources,
         dataset=job.dataset,
         config=job,
         retry=job.retry,
-        dry_run=job.dry_run,
+        removed=job.removed,
         connect=connected,
-        say=lambda line: print(line, flush=True),
+        say=say,
     )
-    if job.dry_run:
-        return 0
     found = report_of(job.dataset)
-    print(render_text(found))
+    if result.stage_times is not None:
+        say("\n" + "\n".join(result.stage_times.lines()) + "\n")
+        record_ingest(
+            job.dataset,
+            places=job.sources,
+            config=job,
+            run_id=result.run_id,
+            code_version=code_version(),
+            numbers={"num_sources": result.num_sources, "num_new": result.num_new, **result.phases_s},
+            report=found,
+            stage_times=result.stage_times,
+            say=say,
+        )
+    print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if job.json else render_text(found))
     return 0 if found.balanced and not found.to_dict()["sources"]["pending"] else 1
 
 

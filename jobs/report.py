@@ -1,7 +1,7 @@
 """`videobert report`: what became of every source of a dataset, as text, JSON or a page with pictures.
 
-Exit code 1 when the books do not balance, so that a schedule notices. Text and JSON read the ledger only; the page also
-reads samples and previews.
+Exit code 1 when the books do not balance, so that a schedule notices. Text and JSON read the ledger and the names and
+sizes of the shards; the page also reads samples and previews.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ReportJob:
     html: str | None = None
     """Also write a self-contained page with pictures to this file."""
     failures: int = 20
-    """How many quarantined sources the text lists."""
+    """How many quarantined sources, and how many with missing seconds, the text lists."""
 
 
 @door
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         ReportJob,
         argv,
         prog="videobert report",
-        description="The ledger of a dataset: sources = kept + filtered + quarantined + pending, by reason.",
+        description="The ledger of a dataset: sources = kept + filtered + quarantined + pending, in time too.",
     )
     from pipelines.report import render_text, report_of
 
@@ -43,10 +43,9 @@ def main(argv: list[str]) -> int:
     else:
         print(render_text(report, num_failures=config.failures))
     if config.html is not None:
-        from pipelines.dataset import Dataset
         from pipelines.page import render_page
 
-        page = render_page(Dataset(config.dataset), config.html)
+        page = render_page(config.dataset, config.html)
         print(f"page: {page}", file=sys.stderr if config.json else sys.stdout)
     return 0 if report.balanced else 1
 

@@ -9,68 +9,41 @@
 A dataset lives in a local folder or at any URL that pyarrow can open (s3://, gs://). Files are immutable and named
 after their content, so a write that is repeated lands on itself, and two writers never disagree: readers take the union
 of the ledger files and see each sample once. There is no lock and no index to corrupt; the price is that opening a
-dataset reads all its ledger files.
+dataset reads all its ledger files (they are united when there are many, see `pipelines.ledger.compact`).
 
 Time is container presentation time in seconds everywhere (the *clock*): what `ffprobe` calls `pts_time`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import io
 import json
 import os
+import re
+import shutil
+import socket
 import tarfile
-from collections.abc import Iterator, Mapping
+import time
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
+
+# The schema is part of the contract: whoever may import this module only finds it here.
+from pipelines.ledger import LEDGER_SCHEMA as LEDGER_SCHEMA
+from pipelines.ledger import read_ledger, unique_samples
 
 SCHEMA_VERSION = 1
-
-Status = Literal["kept", "filtered", "quarantined", "pending"]
-
-# One row for the listing of a source (status pending), for its failure (filtered, quarantined) or for one kept part of
-# it. Of the rows of a source, those of its latest attempt count; see `pipelines.report.source_outcomes`.
-LEDGER_SCHEMA = pa.schema(
-    [
-        ("source_id", pa.string()),  # hash of (uri, version)
-        ("uri", pa.string()),
-        ("version", pa.string()),  # size and modification time, as listed
-        ("size_bytes", pa.int64()),
-        ("video_id", pa.string()),  # hash of the bytes; null while unknown
-        ("attempt", pa.int32()),  # 0 for a listing, then 1, 2, ...
-        ("status", pa.string()),
-        ("stage", pa.string()),  # where a failure happened
-        ("reason", pa.string()),  # one of pipelines.errors.REASONS
-        ("detail", pa.string()),
-        ("source_s", pa.float64()),  # duration of the whole source
-        ("num_parts", pa.int32()),
-        ("part_index", pa.int32()),
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),  # first byte of the sample's members in the shard
-        ("num_bytes", pa.int64()),
-        ("part_start_s", pa.float64()),
-        ("part_end_s", pa.float64()),
-        ("num_clips", pa.int32()),  # = visual tokens
-        ("num_sentences", pa.int32()),
-        ("num_words", pa.int32()),
-        ("transcript", pa.string()),  # origin of the sentences: captions, whisper, sphinx, none
-        ("vocabulary", pa.string()),
-        ("run_id", pa.string()),
-        ("code_version", pa.string()),
-        ("transcode_s", pa.float64()),  # wall seconds spent on this row, by stage
-        ("transcribe_s", pa.float64()),
-        ("features_s", pa.float64()),
-    ]
-)
+PIECE_BYTES = 4 << 20  # of a file that passes through memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +51,19 @@ class ClipGrid:
     """Which frames make a clip. The paper's grid is the default: 20 fps, 30 frames, no overlap, 1.5 s (section 4.1)."""
 
     fps: float = 20.0
+    """Frames per second that a video is brought to."""
     num_frames: int = 30
+    """Frames of a clip."""
     stride_frames: int = 30
+    """From the first frame of a clip to that of the next, where clips are uniform."""
+    choice: Literal["uniform", "keyframes"] = "uniform"
+    """uniform: a clip every stride_frames. keyframes: a clip at the first frame of each shot."""
 
     def __post_init__(self) -> None:
         if self.fps <= 0 or self.num_frames < 1 or self.stride_frames < 1:
             raise ValueError(f"clip grid {self} needs fps > 0, num_frames >= 1 and stride_frames >= 1.")
+        if self.choice not in ("uniform", "keyframes"):
+            raise ValueError(f"clip grid {self} needs choice uniform or keyframes.")
 
     @property
     def clip_s(self) -> float:
@@ -93,8 +73,23 @@ class ClipGrid:
     def stride_s(self) -> float:
         return self.stride_frames / self.fps
 
+    def first_frames(self, num_frames: int, shots: Sequence[int] = ()) -> list[int]:
+        """First frame of each clip in a video or part of `num_frames` frames, whole clips only.
+
+        `shots` are the first frames of shots, in any order. With keyframes a clip begins at frame 0 and at each shot,
+        unless the clip before is still going on there.
+        """
+        if self.choice == "uniform":
+            return [clip * self.stride_frames for clip in range(self.num_clips(num_frames))]
+        chosen: list[int] = []
+        for first in sorted({0, *shots}):
+            is_free = not chosen or first >= chosen[-1] + self.num_frames
+            if first >= 0 and is_free and first + self.num_frames <= num_frames:
+                chosen.append(first)
+        return chosen
+
     def num_clips(self, num_video_frames: int) -> int:
-        """Whole clips in a video of so many frames; an incomplete last clip is not one."""
+        """Whole clips on the uniform grid in a video of so many frames; an incomplete last clip is not one."""
         if num_video_frames < self.num_frames:
             return 0
         return 1 + (num_video_frames - self.num_frames) // self.stride_frames
@@ -142,10 +137,21 @@ class Sample:
     lineage: Mapping[str, str]  # code version, config digest; the run id is in the ledger, or bytes would differ by run
     visual_tokens: np.ndarray  # [num_clips], unsigned
     features: np.ndarray | None = field(default=None)  # [num_clips, dim] float16
+    metadata: Mapping[str, str] = field(default_factory=dict)  # what a source list said beside uri and title
+    clip_starts_s: tuple[float, ...] | None = None  # on the clock; null where clips lie on the uniform grid
+
+    @property
+    def starts_s(self) -> np.ndarray:
+        """[num_clips] float64: the start of each clip on the clock."""
+        if self.clip_starts_s is not None:
+            return np.array(self.clip_starts_s, np.float64)
+        return self.part_start_s + np.arange(len(self.visual_tokens)) * self.clip_grid.stride_s
 
     def clip_span_s(self, clip: int) -> tuple[float, float]:
         """Start and end of a clip on the clock."""
         start_s = self.part_start_s + clip * self.clip_grid.stride_s
+        if self.clip_starts_s is not None:
+            start_s = self.clip_starts_s[clip]
         return start_s, start_s + self.clip_grid.clip_s
 
     def segments(self, *, silent_tokens: int = 16) -> list[Segment]:
@@ -160,7 +166,7 @@ class Sample:
                 self._segment("", first, min(first + silent_tokens, len(tokens)), tokens)
                 for first in range(0, len(tokens), silent_tokens)
             ]
-        starts_s = self.part_start_s + np.arange(len(tokens)) * self.clip_grid.stride_s
+        starts_s = self.starts_s
         segments = []
         for sentence in self.sentences:
             under = (starts_s < sentence.end_s) & (starts_s + self.clip_grid.clip_s > sentence.start_s)
@@ -209,6 +215,8 @@ class Sample:
         record = json.loads(by_suffix["json"])
         record["clip_grid"] = ClipGrid(**record["clip_grid"])
         record["sentences"] = tuple(Sentence(**sentence) for sentence in record["sentences"])
+        if record.get("clip_starts_s") is not None:
+            record["clip_starts_s"] = tuple(record["clip_starts_s"])
         features = by_suffix.get("features.npy")
         return cls(
             **record,
@@ -276,41 +284,191 @@ class Folder:
             return bytes(stream.read())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file so that a reader sees all of it or nothing, whatever happens meanwhile."""
+        """Write a file so that a reader sees all of it or nothing, whatever happens meanwhile.
+
+        Raises OSError, in one sentence, if the storage refuses: nothing is published then, and nothing is left behind.
+        An object store's client repeats a failed request for some seconds first.
+        """
+        with _naming_the_file(self.path(name)):
+            if isinstance(self.fs, pafs.LocalFileSystem):
+                self._publish(name, io.BytesIO(data))
+            else:  # object stores publish on close, and a close after a failed write fails too
+                with self.fs.open_output_stream(self.path(name)) as stream:
+                    stream.write(data)
+
+    def upload(self, name: str, path: str | os.PathLike[str]) -> None:
+        """`write` for a file of this machine, in pieces of 4 MiB: a long preview does not pass through memory."""
+        with open(path, "rb") as source, _naming_the_file(self.path(name)):
+            if isinstance(self.fs, pafs.LocalFileSystem):
+                self._publish(name, source)
+                return
+            stream = self.fs.open_output_stream(self.path(name))
+            try:
+                while piece := source.read(PIECE_BYTES):
+                    stream.write(piece)
+            except BaseException:
+                # The stream publishes what it has, on close and on garbage collection alike: a cut object has to go.
+                with contextlib.suppress(OSError):
+                    stream.close()
+                    self.fs.delete_file(self.path(name))
+                raise
+            stream.close()
+
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError), _naming_the_file(self.path(name), verb="delete"):
+            self.fs.delete_file(self.path(name))
+
+    def delete_empty(self, prefix: str) -> None:
+        """Remove a sub-folder if nothing is in it; an object store has no empty ones."""
+        if isinstance(self.fs, pafs.LocalFileSystem):
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path(prefix))
+
+    def _publish(self, name: str, source: BinaryIO) -> None:
         final = self.path(name)
-        if not isinstance(self.fs, pafs.LocalFileSystem):  # object stores publish on close
-            with self.fs.open_output_stream(final) as stream:
-                stream.write(data)
-            return
         os.makedirs(os.path.dirname(final), exist_ok=True)
-        partial = f"{final}.tmp-{os.getpid()}"
+        partial = f"{final}.tmp-{socket.gethostname()}-{os.getpid()}"
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, PIECE_BYTES)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, final)
-        finally:
-            if os.path.exists(partial):
+        except BaseException:
+            with contextlib.suppress(OSError):
                 os.remove(partial)
+            raise
+
+
+@contextlib.contextmanager
+def _naming_the_file(path: str, *, verb: str = "write") -> Iterator[None]:
+    """An error of the storage as one sentence that names the file; its class and errno stay."""
+    try:
+        yield
+    except OSError as error:
+        why = " ".join(str(error.strerror or error).split())[:300]
+        remedy = "make room and run again" if error.errno == errno.ENOSPC else "mend that and run again"
+        message = f"cannot {verb} {path} ({why}): {remedy}."
+        raise (OSError(error.errno, message) if error.errno else OSError(message)) from error
+
+
+_PARTIAL = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)$")
+_PARTIAL_MAX_AGE_S = 24 * 3600.0  # nothing is written for a day
+
+
+def sweep_partials(folder: Folder) -> int:
+    """Remove what killed writers left in a local folder; returns how many files.
+
+    That is: partial files of dead processes of this host, and any partial older than a day. On an object store killed
+    writers leave unfinished multipart uploads, which no listing shows: let the bucket's lifecycle rule
+    AbortIncompleteMultipartUpload remove them.
+    """
+    if not isinstance(folder.fs, pafs.LocalFileSystem):
+        return 0
+    removed = 0
+    for base, _, files in os.walk(folder.root):
+        for name in files:
+            found = _PARTIAL.search(name)
+            if found and _is_abandoned(os.path.join(base, name), host=found["host"], pid=int(found["pid"])):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(base, name))
+                    removed += 1
+    return removed
+
+
+def _is_abandoned(path: str, *, host: str, pid: int) -> bool:
+    if host == socket.gethostname():
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # another user's, and alive
+            pass
+    try:
+        return time.time() - os.stat(path).st_mtime > _PARTIAL_MAX_AGE_S
+    except FileNotFoundError:
+        return False
 
 
 def filesystem_of(url: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or URL, and the path on it without a trailing slash."""
-    if "://" in url:
+    """The file system of a local path or URL, and the path on it without a trailing slash.
+
+    s3://BUCKET/KEY takes `endpoint_override=HOST:PORT`, `scheme=http` and `region=NAME` in its query, else the
+    environment says them (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION). gs:// goes through pyarrow too and is not tested here:
+    pyarrow has no way to a server on loopback that speaks it without TLS. A bucket's client is made once per process,
+    which takes tens of milliseconds; a path on it costs nothing. Raises ValueError for a scheme nobody knows and for a
+    password in the URL, which would end up in the ledger.
+    """
+    if "://" not in url:
+        return pafs.LocalFileSystem(), absolute_url(url).rstrip("/")
+    split = urllib.parse.urlsplit(url)
+    if split.scheme == "file":
+        return pafs.LocalFileSystem(), os.fsdecode(urllib.parse.unquote_to_bytes(split.path)).rstrip("/")
+    if split.password:
+        raise ValueError(
+            f"{split.scheme}://{split.hostname} holds a password: give credentials by the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), for URLs end up in the ledger."
+        )
+    if split.scheme not in ("s3", "gs", "gcs"):
         fs, path = pafs.FileSystem.from_uri(url)
-    else:
-        fs, path = pafs.LocalFileSystem(), absolute_url(url)
-    return fs, path.rstrip("/")
+        return fs, path.rstrip("/")
+    fs, bucket = _bucket(split.scheme, split.netloc, split.query)
+    return fs, f"{bucket}{urllib.parse.unquote(split.path)}".rstrip("/")
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket(scheme: str, netloc: str, query: str) -> tuple[pafs.FileSystem, str]:
+    fs, path = pafs.FileSystem.from_uri(f"{scheme}://{netloc}{'?' if query else ''}{query}")
+    options = dict(urllib.parse.parse_qsl(query))
+    if scheme == "s3" and options.keys() <= {"endpoint_override", "scheme", "region"}:
+        # A file of up to 5 MiB is then one request instead of three, and a failing one is repeated as a whole.
+        options["region"] = fs.region
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            if os.environ.get(name):
+                options.setdefault("endpoint_override", os.environ[name])
+        retries = pafs.AwsStandardS3RetryStrategy(max_attempts=5)  # over some seconds
+        fs = pafs.S3FileSystem(**options, allow_delayed_open=True, connect_timeout=10, retry_strategy=retries)
+    return fs, path
+
+
+def local_path(uri: str) -> str | None:
+    """The path of a source on this machine as the operating system takes it, or None for what lies elsewhere or in a
+    tar (PATH.tar#MEMBER). Undoes `local_uri`; bytes that are no UTF-8 come as `os.fsdecode` gives them.
+    """
+    if "://" not in uri:
+        return None if ".tar#" in uri else absolute_url(uri)
+    if not uri.startswith("file://"):
+        return None
+    split = urllib.parse.urlsplit(uri)
+    if split.fragment:
+        return None
+    return os.fsdecode(urllib.parse.unquote_to_bytes(split.path))
+
+
+def is_plain(path: str) -> bool:
+    """Whether a path can stand for itself as a URI: printable UTF-8 that looks neither like a URL nor a tar member."""
+    return path.isprintable() and "://" not in path and ".tar#" not in path
+
+
+def local_uri(path: str) -> str:
+    """The URI of an absolute path of this machine: the path itself, or file:// with percent escapes where the name is
+    not UTF-8, holds control characters, or could be taken for something else."""
+    return path if is_plain(path) else f"file://{urllib.parse.quote(os.fsencode(path))}"
 
 
 def content_id(uri: str) -> str:
     """The video id of a file wherever it lies: SHA-256 of its bytes, first 16 hexadecimal digits. Raises OSError."""
     fs, path = filesystem_of(uri)
+    with open(path, "rb") if isinstance(fs, pafs.LocalFileSystem) else fs.open_input_stream(path) as stream:
+        return digest_of(iter(lambda: stream.read(PIECE_BYTES), b""))
+
+
+def digest_of(pieces: Iterable[bytes]) -> str:
+    """The video id of bytes that come in pieces."""
     digest = hashlib.sha256()
-    with fs.open_input_stream(path) as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()[:16]
 
 
@@ -320,7 +478,7 @@ def absolute_url(url: str) -> str:
 
 
 class Dataset:
-    """A dataset opened for reading: ledger and index in memory, samples on demand."""
+    """A dataset opened for reading: the index of its samples in memory, the samples on demand."""
 
     def __init__(self, url: str) -> None:
         """Raises FileNotFoundError where there is no dataset."""
@@ -329,14 +487,20 @@ class Dataset:
         if not self.folder.exists("dataset.json"):
             raise FileNotFoundError(f"no dataset at {url}: make one with `videobert ingest SOURCE --dataset {url}`.")
         self.info = DatasetInfo.from_json(self.folder.read("dataset.json"))
+        self._index: pa.Table | None = None
 
     def ledger(self) -> pa.Table:
         """All rows of all ledger files, in the order of their names. Columns: LEDGER_SCHEMA."""
         return read_ledger(self.folder)
 
     def sample_index(self) -> pa.Table:
-        """The rows of all kept samples, one per key, sorted by key."""
-        return unique_samples(self.ledger())
+        """The rows of the samples that count, one per key, sorted by key; see `pipelines.ledger.unique_samples`.
+
+        Read once, so that digest and samples speak of the same set while others write; open again to see more.
+        """
+        if self._index is None:
+            self._index = unique_samples(self.ledger())
+        return self._index
 
     def digest(self) -> str:
         """Names the set of samples: equal if and only if the same samples lie in the same shards."""
@@ -365,31 +529,6 @@ class Dataset:
 
         tensors = load(self.folder.read(f"vocabularies/{self.info.vocabulary}/vocabulary.safetensors"))
         return np.asarray(tensors["centroids"])
-
-
-def read_ledger(folder: Folder) -> pa.Table:
-    """The union of the ledger files of a dataset folder; an empty table where there are none yet."""
-    tables = [
-        pq.read_table(folder.path(name), filesystem=folder.fs, schema=LEDGER_SCHEMA)
-        for name in folder.names("ledger", suffix=".parquet")
-    ]
-    return pa.concat_tables(tables) if tables else LEDGER_SCHEMA.empty_table()
-
-
-def unique_samples(ledger: pa.Table) -> pa.Table:
-    """The kept rows of each source's latest attempt, one per key, sorted by key.
-
-    Earlier attempts may have cut a video otherwise, so their samples do not count. Which of two writers' rows for one
-    key stands is the order of their shards' names.
-    """
-    latest = ledger.group_by("source_id").aggregate([("attempt", "max")])
-    kept = ledger.filter(pc.equal(ledger["status"], "kept")).join(latest, "source_id")
-    kept = kept.filter(pc.equal(kept["attempt"], kept["attempt_max"])).select(LEDGER_SCHEMA.names)
-    kept = kept.sort_by([("key", "ascending"), ("shard", "ascending")]).combine_chunks()
-    if kept.num_rows < 2:
-        return kept
-    keys = kept["key"].combine_chunks()
-    return kept.filter(pa.concat_arrays([pa.array([True]), pc.not_equal(keys[1:], keys[:-1])]))
 
 
 def read_members(data: bytes) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ each: two one-thread workers do more than one two-thread worker) and everything 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -57,10 +57,21 @@ def load_extractor(config: FeaturesConfig) -> S3DExtractor:
     return load_s3d(weights=config.weights, batch_size=config.batch_clips)
 
 
-def extract(preview: bytes, *, extractor: S3DExtractor, grid: ClipGrid, config: FeaturesConfig) -> np.ndarray:
-    """[num_clips, dim] float16 features of a preview's clips. Raises StageError("features_failed")."""
+def extract(
+    preview: bytes,
+    *,
+    extractor: S3DExtractor,
+    grid: ClipGrid,
+    config: FeaturesConfig,
+    first_frames: Sequence[int] | None = None,
+) -> np.ndarray:
+    """[num_clips, dim] float16 features of a preview's clips, those of the grid or those that begin at given frames.
+
+    Raises StageError("features_failed").
+    """
     try:
-        batches = _batches(media.clips(preview, grid=grid, pixels=config.pixels), size=config.batch_clips)
+        clips = media.clips(preview, grid=grid, pixels=config.pixels, first_frames=first_frames)
+        batches = _batches(clips, size=config.batch_clips)
         found = [extractor.extract(np.stack(batch)) for batch in batches]
     except (av.FFmpegError, RuntimeError) as error:  # torch reports exhausted memory as RuntimeError
         raise StageError("features_failed", str(error)) from error

@@ -1,7 +1,8 @@
 """The ingestion graph: discover -> fetch+probe -> transcode -> transcribe -> features -> tokens -> sink, on Ray Data.
 
 Two chains, because a dataset's first run has to see features before it can make tokens: `extracted` ends where the
-vocabulary is needed and `committed` begins there. `pipelines.ingest` joins them into a run. What moves between
+vocabulary is needed and `committed` begins there; `spooled` and `unspooled` keep on disk what waits between them.
+`pipelines.ingest` joins them into a run. What moves between
 stages is declared in `pipelines.rows`; each stage has its own resources, derived by `allot_workers` so that the sum
 always fits.
 """
@@ -18,6 +19,8 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from pipelines import stages
 from pipelines.dataset import DatasetInfo, Folder
+from pipelines.progress import Crew
+from pipelines.spool import Spool
 from pipelines.stages import IngestConfig
 from pipelines.vocabulary import Vocabulary
 
@@ -35,6 +38,16 @@ class Workers:
     num_transcode: int
     transcode_cpus: float = 0.15
     light_cpus: float = 0.05  # tokens, sink
+
+    def crews(self, *, samples_per_shard: int) -> tuple[Crew, ...]:
+        """Who shares what, for the live view."""
+        return (
+            Crew(stages=("fetch", "transcode"), num_workers=self.num_transcode),
+            Crew(stages=("transcribe",), num_workers=self.num_transcribe),
+            Crew(stages=("features",), num_workers=self.num_features),
+            Crew(stages=("tokens",), num_workers=0),
+            Crew(stages=("commit",), num_workers=0, batch_rows=samples_per_shard),
+        )
 
 
 def allot_workers(*, cpus: float, gpus: float, num_sources: int) -> Workers:
@@ -74,19 +87,21 @@ class Graph:
     config: IngestConfig
     folder: Folder
     workers: Workers
-    counter: Any = None  # actor handle of a progress.Counter
+    counter: Any = None  # of live.start_counter
 
     def extracted(self, listing: pa.Table) -> ray.data.Dataset:
-        """Sources (rows of ROW_SCHEMA) to rows with features."""
+        """Sources (rows of ROW_SCHEMA) to rows with features, one per part."""
+        # A worker that is killed while it loads its model is replaced like one that is killed at work.
+        ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = 3
         told = {"config": self.config, "counter": self.counter}
         one = {"batch_size": 1, "batch_format": "pyarrow"}
-        # The same resources for both tasks, so that Ray fuses them and fetched bytes stay in the process.
-        task = {"num_cpus": self.workers.transcode_cpus, "compute": TaskPoolStrategy(size=self.workers.num_transcode)}
         return (
             ray.data.from_arrow(_blocks(listing))
-            .map_batches(stages.on_batches(stages.fetch_and_probe, stage="fetch", config=self.config), **task, **one)
             .map_batches(
-                stages.on_batches(stages.transcode, stage="transcode", folder=self.folder, **told), **task, **one
+                stages.decoding(folder=self.folder, **told),
+                num_cpus=self.workers.transcode_cpus,
+                compute=TaskPoolStrategy(size=self.workers.num_transcode),
+                **one,
             )
             .map_batches(
                 stages.Transcribe,
@@ -105,13 +120,22 @@ class Graph:
             )
         )
 
+    def spooled(self, rows: ray.data.Dataset, spool: Spool) -> ray.data.Dataset:
+        """Rows with features to the spool; what comes out names them, without payloads."""
+        return rows.map_batches(spool.put, batch_size=1, batch_format="pyarrow", num_cpus=self.workers.light_cpus)
+
+    def unspooled(self, names: list[str], spool: Spool) -> ray.data.Dataset:
+        """The rows of some spooled files."""
+        files = ray.data.from_arrow([pa.table({"name": [name]}) for name in names])
+        return files.map_batches(spool.get, batch_size=1, batch_format="pyarrow", num_cpus=self.workers.light_cpus)
+
     def committed(
         self, rows: ray.data.Dataset, *, tree: Vocabulary, info: DatasetInfo, lineage: dict[str, str]
     ) -> ray.data.Dataset:
         """Rows with features to ledger rows: tokens, then one shard per batch."""
         commit = functools.partial(stages.commit, folder=self.folder, info=info, lineage=lineage, counter=self.counter)
         light = {"num_cpus": self.workers.light_cpus, "batch_format": "pyarrow"}
-        assign = stages.on_batches(stages.assign_tokens, stage="tokens", tree=tree, config=self.config)
+        assign = stages.assigning(tree=tree, config=self.config, counter=self.counter)
         return rows.map_batches(assign, batch_size=1, **light).map_batches(
             commit, batch_size=self.config.samples_per_shard, **light
         )

@@ -1,35 +1,40 @@
 """A run of ingestion: list, take what the ledger does not hold yet, run the graph, stop when too much fails.
 
 The one place where streaming pauses: the first run of a dataset has no visual vocabulary, so it extracts the features
-of a sample of the sources, fits the vocabulary, and goes on with those same features.
+of a sample of the sources to the spool, fits the vocabulary, and goes on with those same features.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
 
-from pipelines import features, report, sink, sources, transcribe, vocabulary
-from pipelines.dataset import LEDGER_SCHEMA, DatasetInfo, Folder, read_ledger
+from pipelines import features, ledger, near_duplicates, scratch, sink, sources, todo, transcribe, vocabulary
+from pipelines.dataset import DatasetInfo, Folder, sweep_partials
 from pipelines.errors import REASONS
+from pipelines.estimate import Bill, estimate
 from pipelines.graph import Graph, allot_workers
-from pipelines.progress import Counter, Reporter
-from pipelines.rows import ROW_SCHEMA, Row
+from pipelines.ledger import LEDGER_SCHEMA
+from pipelines.live import Reporter, start_counter, until_stalled
+from pipelines.progress import StageTimes
+from pipelines.spool import Spool
 from pipelines.stages import IngestConfig
+from pipelines.todo import Removed, isin, with_columns
 
 JUDGED_AFTER = 100  # sources, before max_failure_rate may stop a run
+COMPACTED_ABOVE = 1000  # ledger files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +42,8 @@ class IngestResult:
     num_sources: int  # listed
     num_new: int  # handled by this run
     run_id: str
-    stage_s: dict[str, float]  # wall seconds by phase of the run
+    phases_s: dict[str, float]  # wall seconds of extract_s, fit_vocabulary_s, commit_s
+    stage_times: StageTimes | None  # None where there was no work
 
 
 class FailureRateExceeded(ValueError):
@@ -50,39 +56,77 @@ def ingest(
     dataset: str,
     config: IngestConfig,
     retry: Sequence[str] = (),
-    dry_run: bool = False,
+    removed: Removed = "keep",
     connect: Callable[[], AbstractContextManager[None]] = nullcontext,
     say: Callable[[str], None] = print,
 ) -> IngestResult:
     """Bring a dataset up to date with some places (see `sources.discover`); safe to repeat.
 
-    Sources that the ledger knows are left alone, except quarantined ones whose reason is in `retry`. A dry run says
-    what would be handled and writes nothing. Ray must run inside `connect()`, which is entered when there is work.
+    Sources that the ledger knows are left alone, except quarantined ones whose reason is in `retry` and who have not
+    failed `config.max_attempts` times. A changed file replaces its older version; one that is gone from its place
+    stays in the dataset unless `removed` is "drop". Ray must run inside `connect()`, which is entered when there is
+    work.
     Raises ValueError or FileNotFoundError for places, folder or configuration that do not fit, FailureRateExceeded
-    above `config.max_failure_rate`.
+    above `config.max_failure_rate`, OSError where the storage refuses.
     """
-    listed = sources.discover(places, outside=dataset)
-    say(f"{len(listed)} sources listed.")
-    run = _Run(dataset=dataset, config=config, say=say)
-    todo = run.subtract_ledger(listed, retry=retry)
-    if not todo.rows and not todo.ledger_rows:
+    listing, run, plan = _prepare(places, dataset=dataset, config=config, retry=retry, removed=removed, say=say)
+    if not plan.rows.num_rows and not plan.ledger_rows.num_rows:
         say("nothing new: every source is in the ledger.")
-    elif dry_run:
-        say(f"{len(todo.rows)} would be handled.")
     else:
-        run.record(todo)
-        if todo.rows:
+        run.require_writable()
+        if plan.rows.num_rows:
+            run.require_same_extractor()
+        run.record(plan)
+        if plan.rows.num_rows:
             with connect():
-                run.process(todo.rows)
-    return IngestResult(num_sources=len(listed), num_new=len(todo.rows), run_id=run.run_id, stage_s=run.phases_s)
+                run.process(plan.rows)
+        run.finish()
+    return IngestResult(
+        num_sources=len(listing.sources),
+        num_new=plan.rows.num_rows,
+        run_id=run.run_id,
+        phases_s=run.phases_s,
+        stage_times=run.stage_times,
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Todo:
-    """What a run has to do, and what it has to write down first."""
+def dry_run(
+    places: Sequence[str],
+    *,
+    dataset: str,
+    config: IngestConfig,
+    retry: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> Bill | None:
+    """What `ingest` would have to do and what that would cost, from a sample; writes nothing. None: nothing to do.
 
-    rows: list[Row]  # sources to work on, the largest first
-    ledger_rows: list[Row]  # each new source as pending, and the verdict over each exact duplicate
+    Raises what `ingest` raises for places and configuration that do not fit.
+    """
+    listing, run, plan = _prepare(places, dataset=dataset, config=config, retry=retry, removed="keep", say=say)
+    wanted = set(plan.rows["source_id"].to_pylist())
+    say(f"{len(wanted)} would be handled.")
+    if not wanted:
+        return None
+    run.require_same_extractor()
+    chosen = [source for source in listing.sources if source.source_id in wanted]
+    return estimate(chosen, config=config, say=say)
+
+
+def _prepare(
+    places: Sequence[str],
+    *,
+    dataset: str,
+    config: IngestConfig,
+    retry: Sequence[str],
+    removed: Removed,
+    say: Callable[[str], None],
+) -> tuple[sources.Listing, _Run, todo.Plan]:
+    listing = sources.discover(places, outside=dataset)
+    ignored = f", {listing.num_ignored} files left out that are no media by their name" if listing.num_ignored else ""
+    say(f"{len(listing.sources)} sources listed{ignored}.")
+    run = _Run(dataset=dataset, config=config, say=say)
+    plan = todo.plan(listing, run.ledger, retry=retry, removed=removed, max_attempts=config.max_attempts, say=say)
+    return listing, run, plan
 
 
 class _Run:
@@ -93,35 +137,22 @@ class _Run:
         self.say = say
         self.folder = Folder.at(dataset)
         self.phases_s: dict[str, float] = {}
-        self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(3).hex()}"
+        self.stage_times: StageTimes | None = None
+        self.reporter: Reporter
+        self.run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.urandom(3).hex()}"
         self.code_version = code_version()
         self.info = self._existing_info()
-        self.ledger = read_ledger(self.folder)
+        self.ledger = ledger.read_ledger(self.folder)
+        self.spool = Spool(folder=self.folder, digest=config.digest)
         origin, note = transcribe.choose_recogniser(config.transcribe)
         if note:
             say(f"{note} Speech without captions goes to {origin or 'nobody'}.")
 
-    def _require_writable(self) -> None:
-        try:
-            self.folder.write("ledger/.writable", b"")
-            self.folder.fs.delete_file(self.folder.path("ledger/.writable"))
-        except OSError as error:
-            raise PermissionError(
-                f"cannot write to the dataset folder {self.folder.root} ({error.strerror or error}): "
-                "name another --dataset or mend its permissions."
-            ) from error
-
     def _existing_info(self) -> DatasetInfo | None:
-        """What the dataset already is. Raises ValueError if the configuration would make it two things."""
-        name, digest, _ = features.identity(self.config.features)
+        """What the dataset already is. Raises ValueError if the configuration has another clip grid."""
         if not self.folder.exists("dataset.json"):
             return None
         info = DatasetInfo.from_json(self.folder.read("dataset.json"))
-        if (info.extractor, info.extractor_digest) != (name, digest):
-            raise ValueError(
-                f"the dataset holds features of {info.extractor} ({info.extractor_digest[:12]}), "
-                f"the configuration names {name} ({digest[:12]}): use those weights and pixels, or another --dataset."
-            )
         if info.clip_grid != self.config.clip_grid:
             raise ValueError(
                 f"the dataset has the clip grid {info.clip_grid}, the configuration {self.config.clip_grid}: "
@@ -129,96 +160,86 @@ class _Run:
             )
         return info
 
-    def subtract_ledger(self, listed: list[sources.Source], *, retry: Sequence[str]) -> Todo:
-        """What is left to do of a listing."""
-        outcomes = report.source_outcomes(self.ledger)
-        known = {outcome["source_id"]: outcome for outcome in outcomes.to_pylist()}
-        kept_ids = outcomes.filter(pc.equal(outcomes["outcome"], "kept"))["source_id"]
-        kept = self.ledger.filter(pc.is_in(self.ledger["source_id"], kept_ids.combine_chunks()))
-        orphans = self._orphaned_duplicates(kept)
-        attempts: dict[str, int] = {}
-        for source in listed:
-            outcome = known.get(source.source_id, {"outcome": "new", "attempt": 0, "reason": None})
-            again = outcome["outcome"] == "quarantined" and outcome["reason"] in retry
-            orphaned = outcome["reason"] == "duplicate" and source.source_id in orphans
-            if outcome["outcome"] in ("new", "pending") or again or orphaned:
-                attempts[source.source_id] = outcome["attempt"] + 1
-        chosen = [source for source in listed if source.source_id in attempts]
-        repeated = sources.duplicates(chosen, kept)
-        rows, ledger_rows = [], []
-        for source in chosen:
-            row = listing_row(source, attempt=attempts[source.source_id])
-            if source.source_id not in known:
-                ledger_rows.append(listing_row(source, attempt=0, status="pending"))
-            if source.source_id in repeated:
-                video_id, original = repeated[source.source_id]
-                verdict = {"status": "filtered", "stage": "discover", "reason": "duplicate", "video_id": video_id}
-                ledger_rows.append(row | verdict | {"detail": f"the same bytes as {original}"})
-            else:
-                rows.append(row)
-        rows.sort(key=lambda row: -row["size_bytes"])  # a long video that starts last is waited for alone
-        return Todo(rows=rows, ledger_rows=ledger_rows)
+    def require_writable(self) -> None:
+        """Raises PermissionError."""
+        try:
+            self.folder.write("ledger/.writable", b"")
+            self.folder.delete("ledger/.writable")
+        except OSError as error:
+            raise PermissionError(
+                f"cannot write to the dataset folder {self.folder.root} ({error.strerror or error}): "
+                "name another --dataset or mend its permissions."
+            ) from error
 
-    def _orphaned_duplicates(self, kept: pa.Table) -> set[str]:
-        """Sources that were filtered as copies of one that has not been kept since: their turn has come."""
-        verdicts = self.ledger.filter(pc.equal(self.ledger["reason"], "duplicate"))
-        alive = pc.is_in(verdicts["video_id"], pc.unique(kept["video_id"]).drop_null())
-        return set(verdicts.filter(pc.invert(alive))["source_id"].to_pylist())
+    def require_same_extractor(self) -> None:
+        """Raises ValueError if the configuration names no features, or others than those of the dataset."""
+        name, digest, _ = features.identity(self.config.features)
+        if self.info and (self.info.extractor, self.info.extractor_digest) != (name, digest):
+            raise ValueError(
+                f"the dataset holds features of {self.info.extractor} ({self.info.extractor_digest[:12]}), "
+                f"the configuration names {name} ({digest[:12]}): use those weights and pixels, or another --dataset."
+            )
 
-    def record(self, todo: Todo) -> None:
+    def record(self, plan: todo.Plan) -> None:
         """Write down what is listed before any work, so that a crash leaves it pending and not forgotten."""
-        self._require_writable()
-        if todo.ledger_rows:
-            rows = [row | self._common for row in todo.ledger_rows]
-            listing = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA)
-            sink.write_ledger(listing, folder=self.folder, name="listing")
+        swept = scratch.sweep() + sweep_partials(self.folder)
+        if swept:
+            self.say(f"{swept} temporary files of an earlier run that was killed are removed.")
+        if plan.ledger_rows.num_rows:
+            sink.write_ledger(with_columns(plan.ledger_rows, **self._common), folder=self.folder, name="listing")
+
+    def finish(self) -> None:
+        """What concerns the dataset as a whole, after the last source."""
+        if self.config.filters.near_duplicate is not None and self.info is not None:
+            verdicts = near_duplicates.verdicts(self.folder, threshold=self.config.filters.near_duplicate)
+            if verdicts:
+                table = pa.Table.from_pylist(verdicts, schema=LEDGER_SCHEMA)
+                sink.write_ledger(with_columns(table, **self._common), folder=self.folder, name="near-duplicates")
+                self.say(f"{len(verdicts)} videos are nearly the same as others and are filtered.")
+        if len(self.folder.names("ledger", suffix=".parquet")) > COMPACTED_ABOVE:
+            ledger.compact(self.folder)
+        scratch.sweep()
 
     @property
     def _common(self) -> dict[str, str]:
         return {"run_id": self.run_id, "code_version": self.code_version}
 
-    def process(self, todo: list[Row]) -> None:
-        """Run the graph over the rows and judge what comes out."""
+    def process(self, listed: pa.Table) -> None:
         resources = ray.cluster_resources()
-        workers = allot_workers(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), num_sources=len(todo))
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        counter = ray.remote(num_cpus=0)(Counter).remote()
+        workers = allot_workers(cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0), num_sources=listed.num_rows)
+        counter = start_counter(
+            crews=workers.crews(samples_per_shard=self.config.samples_per_shard),
+            num_sources=listed.num_rows,
+            num_bytes=pc.sum(listed["size_bytes"]).as_py() or 0,
+        )
         graph = Graph(config=self.config, folder=self.folder, workers=workers, counter=counter)
-        with Reporter(counter, num_sources=len(todo), say=self.say):
+        with Reporter(counter, say=self.say) as self.reporter:
+            spooled = self.spool.complete(listed)
             if self.info is None:
-                sample, rest = self._sample(todo)
-                rows = self._fit_vocabulary(graph.extracted(sample))
-                if self.info is None:
-                    self._commit_failures(rows)
-                    return
-                rows = rows.union(graph.extracted(rest)) if rest.num_rows else rows
-            else:
-                rows = graph.extracted(_row_table(todo))
-            tree = vocabulary.load(self.info.vocabulary, self.folder)
-            lineage = self._common | {"config_digest": self.config.digest}
-            self._consume(graph.committed(rows, tree=tree, info=self.info, lineage=lineage))
+                spooled = self._first_vocabulary(graph, listed, spooled)
+            if self.info is not None:
+                self._commit(graph, listed, spooled)
+        self.stage_times = self.reporter.stage_times
 
-    def _sample(self, todo: list[Row]) -> tuple[pa.Table, pa.Table]:
-        """Sources for the first vocabulary, and the others; chosen by hash, so neither by name nor by age."""
-        shuffled = sorted(todo, key=lambda row: hashlib.sha256(row["source_id"].encode()).digest())
-        cut = self.config.vocabulary.sample_videos
-        return _row_table(shuffled[:cut]), _row_table(shuffled[cut:])
-
-    def _fit_vocabulary(self, rows: ray.data.Dataset) -> ray.data.Dataset:
-        """Extract, fit, save, write dataset.json and set `self.info`, which stays None if no source gave features."""
+    def _first_vocabulary(self, graph: Graph, listed: pa.Table, spooled: pa.Table) -> pa.Table:
+        """Extract a sample of the sources to the spool, fit the vocabulary on it, write dataset.json and set
+        `self.info`, which stays None if no source gave features. Returns what the spool holds."""
         began_s = time.perf_counter()
-        rows = rows.materialize()
-        self.phases_s["transcode, transcribe, features"] = time.perf_counter() - began_s
+        if spooled.num_rows:
+            self.say(f"{pc.count_distinct(spooled['source_id'])} sources are there already from a run that was ended.")
+        missing = _without(self._sample(listed), spooled)
+        if missing.num_rows:
+            self.reporter.feed("fetch", missing.num_rows)
+            self._pull(graph.spooled(graph.extracted(missing), self.spool))
+        spooled = self.spool.complete(listed)
+        self.phases_s["extract_s"] = time.perf_counter() - began_s
         began_s = time.perf_counter()
-        found = [
-            np.frombuffer(row["features"], np.float16).reshape(row["num_clips"], -1)
-            for row in rows.select_columns(["status", "num_clips", "features"]).iter_rows()
-            if row["status"] is None
-        ]
-        if not found:
-            return rows
+        clips = self.spool.features(pc.unique(spooled["name"]).to_pylist())
+        if len(clips) == 0:
+            self._commit_failures(spooled)
+            return spooled
         name, digest, dim = features.identity(self.config.features)
-        tree = vocabulary.fit(np.concatenate(found), config=self.config.vocabulary, extractor=f"{name} {digest}")
+        tree = vocabulary.fit(clips, config=self.config.vocabulary, extractor=f"{name} {digest}")
         self.info = DatasetInfo(
             clip_grid=self.config.clip_grid,
             extractor=name,
@@ -228,24 +249,49 @@ class _Run:
             num_visual_tokens=tree.num_tokens,
         )
         self.folder.write("dataset.json", self.info.to_json())
-        self.phases_s["fit vocabulary"] = time.perf_counter() - began_s
+        self.phases_s["fit_vocabulary_s"] = time.perf_counter() - began_s
         self.say(
             f"visual vocabulary {tree.id}: {tree.k} x {tree.depth}, "
-            f"{tree.used_leaves()} of {tree.num_tokens} leaves used by {sum(map(len, found))} clips."
+            f"{tree.used_leaves()} of {tree.num_tokens} leaves used by {len(clips)} clips."
         )
-        return rows
+        return spooled
 
-    def _commit_failures(self, rows: ray.data.Dataset) -> None:
-        """A first sample without one usable source still says what became of each; the others stay pending."""
-        failures = list(rows.iter_rows())
-        sink.publish(failures, {}, folder=self.folder, common=self._common)
-        self.say(f"none of {len(failures)} sources gave features, so there is no visual vocabulary and no dataset yet.")
+    def _sample(self, listed: pa.Table) -> pa.Table:
+        """Sources for the first vocabulary; chosen by hash, so neither by name nor by age."""
+        keys = [hashlib.sha256(source_id.encode()).hexdigest() for source_id in listed["source_id"].to_pylist()]
+        chosen = sorted(range(listed.num_rows), key=keys.__getitem__)[: self.config.vocabulary.sample_videos]
+        return listed.take(sorted(chosen))  # the largest stays first
 
-    def _consume(self, committed: ray.data.Dataset) -> None:
-        """Pull the graph; stop it when too much fails."""
+    def _commit(self, graph: Graph, listed: pa.Table, spooled: pa.Table) -> None:
+        """What is spooled, then the other sources."""
+        assert self.info is not None
         began_s = time.perf_counter()
+        tree = vocabulary.load(self.info.vocabulary, self.folder)
+        lineage = self._common | {"config_digest": self.config.digest}
+        names, rest = pc.unique(spooled["name"]).to_pylist(), _without(listed, spooled)
+        committed = functools.partial(graph.committed, tree=tree, info=self.info, lineage=lineage)
+        if names:
+            self.reporter.feed("tokens", len(names))
+            self._pull(committed(graph.unspooled(sorted(names), self.spool)))
+        if rest.num_rows:
+            self.reporter.feed("fetch", rest.num_rows)
+            self._pull(committed(graph.extracted(rest)))
+        self.spool.clear()
+        self.phases_s["commit_s"] = time.perf_counter() - began_s
+
+    def _commit_failures(self, spooled: pa.Table) -> None:
+        """A first sample without one usable source still says what became of each; the others stay pending."""
+        names = pc.unique(spooled["name"]).to_pylist()
+        failures = self.spool.get(pa.table({"name": names})).to_pylist()
+        sink.publish(failures, {}, folder=self.folder, common=self._common)
+        self.spool.clear()
+        num_sources = len({row["source_id"] for row in failures})
+        self.say(f"none of {num_sources} sources gave features, so there is no visual vocabulary and no dataset yet.")
+
+    def _pull(self, rows: ray.data.Dataset) -> None:
+        """Run a graph to its end; stop it when too much fails."""
         seen: dict[str, str | None] = {}
-        for batch in committed.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in until_stalled(_batches(rows), self.reporter):
             for row in batch.select(["source_id", "status", "reason"]).to_pylist():
                 failed = row["status"] == "quarantined"
                 seen[row["source_id"]] = row["reason"] if failed else seen.get(row["source_id"])
@@ -256,17 +302,23 @@ class _Run:
                     f"{len(failures)} of {len(seen)} sources failed, {failures.count(worst)} of them with {worst} "
                     f"({REASONS[worst].meaning}); mend that or raise max_failure_rate, then run again."
                 )
-        self.phases_s["tokens, shards"] = time.perf_counter() - began_s
 
 
-def listing_row(source: sources.Source, *, attempt: int, status: str | None = None) -> Row:
-    """A row of the graph (status null) or of the ledger for a source as it was listed."""
-    known = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
-    return known | {"source_id": source.source_id, "attempt": attempt, "status": status}
+def _batches(rows: ray.data.Dataset) -> Iterator[pa.Table]:
+    """What a graph gives; the storage errors of its workers as such, and not as a page of Ray's."""
+    try:
+        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, Exception) and not isinstance(cause, OSError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, OSError):
+            raise OSError(*cause.args) from None
+        raise
 
 
-def _row_table(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
+def _without(listed: pa.Table, spooled: pa.Table) -> pa.Table:
+    return listed.filter(pc.invert(isin(listed["source_id"], spooled["source_id"])))
 
 
 def code_version() -> str:

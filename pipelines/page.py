@@ -13,6 +13,7 @@ import collections
 import io
 import math
 import re
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from pipelines import vocabulary
-from pipelines.dataset import Dataset, Sample
-from pipelines.report import OUTCOMES, Report, duration, report_of
+from pipelines.dataset import Dataset, Folder, Sample
+from pipelines.errors import REASONS
+from pipelines.ledger import OUTCOMES, judged_parts
+from pipelines.report import Report, duration, report_of
 
 MAX_SAMPLES = 5000
 MAX_SEGMENTS = 100_000  # held in memory for the words of a token, about 200 bytes each
@@ -32,6 +35,7 @@ FRAMES_PER_CLIP = 4
 NUM_STORIES = 2
 CLIPS_PER_STORY = 12
 NUM_RANKS = 80  # bars of the token histogram
+NUM_NAMED = 20  # sources that are named one by one, of the quarantined ones and of those with missing seconds
 TRANSCRIPTS_BY_SURENESS = ("captions", "whisper", "sphinx")
 CELLS_PER_CLIP = 12  # resolution of a story's time axis: an eighth of a second for the paper's clips
 STRIP_PIXELS, STRIP_GAP = 96, 2
@@ -78,36 +82,105 @@ class Gathered:
 
 
 def render_page(
-    dataset: Dataset, out: Path | str, *, extra: Sequence[Section] = (), title: str = "What became of the videos"
+    dataset: Dataset | str, out: Path | str, *, extra: Sequence[Section] = (), title: str = "What became of the videos"
 ) -> Path:
-    """Write the page for a dataset to a local file and return its path. Videos without a preview are noted on it."""
+    """Write the page for a dataset (or its URL) to a local file and return its path.
+
+    A folder whose ledger holds failures only has a page too, and so has one whose shards are damaged, both without
+    tokens. Videos without a preview are noted on it.
+    Raises FileNotFoundError where there is neither a ledger nor a dataset.
+    """
     import jinja2
 
-    report, gathered, previews = report_of(dataset.url), gather(dataset), Previews(dataset)
+    url = dataset if isinstance(dataset, str) else dataset.url
+    report = report_of(url)
+    if isinstance(dataset, str) and Folder.at(url).exists("dataset.json"):
+        dataset = Dataset(url)
+    shown: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        try:
+            shown = _pictures(dataset, report)
+        except (OSError, ValueError, tarfile.TarError) as error:  # a shard is gone or cut; the report says which
+            shown = {"unreadable": f"The samples cannot be read, so none is shown: {error}"}
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("pipelines"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"duration": duration, "number": lambda value: f"{value:,}"}
     page = templates.get_template("page.html").render(
         title=title,
-        dataset=dataset,
-        digest=dataset.digest()[:16],
+        url=url,
         report=report,
         outcomes=OUTCOMES,
+        balance=balance_bars(report),
+        durations=duration_columns(report),
+        missing=report.missing_seconds[:NUM_NAMED],
+        quarantined=[failure for failure in report.failures if failure["outcome"] == "quarantined"],
+        num_named=NUM_NAMED,
         stages=stage_bars(report),
-        subset=gathered if gathered.num_samples < report.samples else None,
-        has_features=gathered.has_features,
-        tokens=contact_sheet(gathered, previews, clip_s=dataset.info.clip_grid.clip_s),
-        stories=[story(sample, previews) for sample in choose_stories(gathered.stories, previews)],
-        histogram=histogram(gathered.counts, num_tokens=dataset.info.num_visual_tokens),
-        cells_per_clip=CELLS_PER_CLIP,
         extra=extra,
-        without_preview=sorted(previews.missing),
+        **shown,
     )
     path = Path(out).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _pictures(dataset: Dataset, report: Report) -> dict[str, Any]:
+    """What the template shows of samples and previews."""
+    gathered, previews = gather(dataset), Previews(dataset)
+    return {
+        "dataset": dataset,
+        "digest": dataset.digest()[:16],
+        "subset": gathered if gathered.num_samples < report.samples else None,
+        "has_features": gathered.has_features,
+        "tokens": contact_sheet(gathered, previews, clip_s=dataset.info.clip_grid.clip_s),
+        "stories": [story(sample, previews) for sample in choose_stories(gathered.stories, previews)],
+        "histogram": histogram(gathered.counts, num_tokens=dataset.info.num_visual_tokens),
+        "cells_per_clip": CELLS_PER_CLIP,
+        "without_preview": sorted(previews.missing),
+    }
+
+
+def balance_bars(report: Report) -> list[dict[str, Any]]:
+    """Where videos and seconds went: kept, each reason, pending, missing; with their share of the largest of each."""
+    rows = [("kept", "kept", report.sources["kept"], report.seconds["kept"])]
+    for name in dict.fromkeys([*report.reasons, *report.seconds_by_reason]):
+        status = REASONS[name].status if name in REASONS else "quarantined"
+        rows.append((name, status, report.reasons.get(name, 0), report.seconds_by_reason.get(name, 0.0)))
+    rows[1:] = sorted(rows[1:], key=lambda row: (OUTCOMES.index(row[1]), -row[2], -row[3], row[0]))
+    rows.append(("pending", "pending", report.sources["pending"], report.seconds["pending"]))
+    rows.append(("missing", "missing", len(report.missing_seconds), report.seconds["missing"]))
+    most, longest = max(row[2] for row in rows) or 1, max(row[3] for row in rows) or 1.0
+    return [
+        {"name": name, "outcome": outcome, "videos": videos, "seconds": seconds}
+        | {"video_width": videos / most, "second_width": seconds / longest}
+        for name, outcome, videos, seconds in rows
+    ]
+
+
+def duration_columns(report: Report) -> list[dict[str, Any]]:
+    """The histogram of durations: for each step its label and its stack of outcomes, with heights in [0, 1]."""
+    columns, above_s = [], 0.0
+    tallest = max(sum(step[name] for name in OUTCOMES) for step in report.durations) or 1
+    for step in report.durations:
+        stack, foot = [], 0.0
+        for name in OUTCOMES:
+            stack.append({"outcome": name, "count": step[name], "foot": foot, "height": step[name] / tallest})
+            foot += step[name] / tallest
+        columns.append({"label": _span(above_s, step["below_s"]), "stack": stack, "top": foot})
+        columns[-1]["count"] = sum(step[name] for name in OUTCOMES)
+        above_s = step["below_s"] or 0.0
+    return columns
+
+
+def _span(above_s: float, below_s: float | None) -> str:
+    """A step of the duration histogram: `30 to 60 s`, `over 2 h`."""
+    last_s = above_s if below_s is None else below_s
+    size, unit = (1, "s") if last_s <= 60 else (60, "min") if last_s <= 3600 else (3600, "h")
+    if below_s is None:
+        return f"over {above_s / size:g} {unit}"
+    return f"{above_s / size:g}–{below_s / size:g} {unit}"
 
 
 def gather(dataset: Dataset, *, max_samples: int = MAX_SAMPLES) -> Gathered:
@@ -163,7 +236,8 @@ class Previews:
     def __init__(self, dataset: Dataset) -> None:
         self._folder = dataset.folder
         self._there = {Path(name).stem for name in dataset.folder.names("media", suffix=".mp4")}
-        index = dataset.sample_index().select(["video_id", "part_index", "part_start_s"]).to_pylist()
+        # The first part may have been filtered: the preview begins with it all the same.
+        index = judged_parts(dataset.ledger()).select(["video_id", "part_index", "part_start_s"]).to_pylist()
         # Preview time 0 is the clock time at which the first part starts.
         self._start_s = {row["video_id"]: row["part_start_s"] for row in index if row["part_index"] == 0}
         self.missing: set[str] = set()
@@ -284,17 +358,20 @@ def story(sample: Sample, previews: Previews) -> dict[str, Any]:
     """A stretch of a sample as columns of a grid: a frame and a token for each clip, sentences in lanes below."""
     grid, tokens = sample.clip_grid, sample.visual_tokens
     spoken_s = sample.sentences[0].start_s if sample.sentences else sample.part_start_s
-    first = max(0, min(int((spoken_s - sample.part_start_s) / grid.stride_s), len(tokens) - CLIPS_PER_STORY))
+    under = int(np.searchsorted(sample.starts_s, spoken_s, side="right")) - 1
+    first = max(0, min(under, len(tokens) - CLIPS_PER_STORY))
     last = min(first + CLIPS_PER_STORY, len(tokens))
-    starts_s = [sample.clip_span_s(index)[0] for index in range(first, last)]
+    starts_s = sample.starts_s[first:last].tolist()
     frames = previews.frames(sample.video_id, [start_s + grid.clip_s / 2 for start_s in starts_s])
     begin_s, num_cells = starts_s[0], (last - first) * CELLS_PER_CLIP
-    cells_per_s = CELLS_PER_CLIP / grid.stride_s
+    # A column per clip, whose time runs evenly to the next one; clips at key frames are not equally far apart.
+    end_s = starts_s[-1] + (grid.stride_s if sample.clip_starts_s is None else grid.clip_s)
+    edges_s, edges = [*starts_s, end_s], np.arange(last - first + 1) * CELLS_PER_CLIP
     lanes: list[int] = []  # the cell at which each lane is free again
     sentences = []
     for sentence in sample.sentences:
-        start = max(0, round((sentence.start_s - begin_s) * cells_per_s))
-        end = min(num_cells, max(start + 4, round((sentence.end_s - begin_s) * cells_per_s)))
+        start = round(np.interp(sentence.start_s, edges_s, edges))
+        end = min(num_cells, max(start + 4, round(np.interp(sentence.end_s, edges_s, edges))))
         if sentence.end_s <= begin_s or start >= num_cells:
             continue
         lane = next((lane for lane, free in enumerate(lanes) if free <= start), len(lanes))
@@ -310,6 +387,7 @@ def story(sample: Sample, previews: Previews) -> dict[str, Any]:
         "tokens": [{"id": int(token), "hue": token_hue(int(token))} for token in tokens[first:last]],
         "sentences": sentences,
         "shown": f"{duration(begin_s)} to {duration(starts_s[-1] + grid.clip_s)}",
+        "is_uniform": sample.clip_starts_s is None,
     }
 
 
@@ -329,17 +407,10 @@ def histogram(counts: Mapping[int, int], *, num_tokens: int) -> dict[str, Any]:
 
 
 def stage_bars(report: Report) -> list[dict[str, Any]]:
-    """Worker seconds by stage, each with its share of the whole and of the longest, and its speed against the video."""
-    total, longest = sum(report.stage_seconds.values()), max([*report.stage_seconds.values(), 0.0])
+    """The report's stages, each with its share of the whole and of the longest."""
+    total, longest = sum(report.stage_seconds.values()) or 1.0, max(report.stage_seconds.values()) or 1.0
     return [
-        {
-            "name": name,
-            "seconds": seconds,
-            "share": seconds / total if total else 0.0,
-            "width": seconds / longest if longest else 0.0,
-            "speed": report.sample_seconds / seconds if seconds else None,
-        }
-        for name, seconds in report.stage_seconds.items()
+        {**stage, "share": stage["seconds"] / total, "width": stage["seconds"] / longest} for stage in report.stages
     ]
 
 

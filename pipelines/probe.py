@@ -8,6 +8,7 @@ child, not a worker. It imports nothing but av.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -28,7 +29,8 @@ def probe(path: str) -> dict[str, Any]:
     Raises av.FFmpegError if the file cannot be opened as one of SAFE_FORMATS.
     """
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(SAFE_FORMATS)}
-    with av.open(path, options=options, metadata_errors="replace") as container:
+    url = f"file:{os.path.abspath(path)}"  # no name is ever taken for a protocol
+    with av.open(url, options=options, metadata_errors="replace") as container:
         pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         pictures = [s for s in pictures if s.codec_context is not None and s.codec_context.width]
         sounds = [s for s in container.streams.audio if s.codec_context is not None]
@@ -37,7 +39,7 @@ def probe(path: str) -> dict[str, Any]:
         audio = max(sounds, key=lambda s: (_is_default(s), s.codec_context.channels, -s.index), default=None)
         return {
             "format": container.format.name,
-            "duration_s": None if container.duration is None else container.duration / 1e6,
+            "duration_s": container.duration / 1e6 if (container.duration or -1) >= 0 else None,
             "start_s": (container.start_time or 0) / 1e6,
             "num_streams": len(container.streams),
             "video": None if video is None else _video(video),
@@ -63,8 +65,17 @@ def _subtitle(stream: Any) -> dict[str, Any]:
     return {"index": stream.index, "codec": _codec(stream), "language": stream.metadata.get("language")}
 
 
+def main(path: str) -> dict[str, Any]:
+    """What `probe` finds, or {"error": why it cannot, "forbidden": whether the format is known but not a safe one}."""
+    av.logging.set_level(av.logging.ERROR)
+    with av.logging.Capture(local=False) as said:
+        try:
+            return probe(path)
+        except (av.FFmpegError, OSError, ValueError) as failure:
+            # EINVAL alone would not tell: broken headers end in it too.
+            forbidden = any("whitelist" in message for _, _, message in said)
+            return {"error": str(failure), "forbidden": forbidden}
+
+
 if __name__ == "__main__":
-    try:
-        sys.stdout.write(json.dumps(probe(sys.argv[1])))
-    except (av.FFmpegError, OSError, ValueError) as failure:
-        sys.stdout.write(json.dumps({"error": str(failure), "errno": getattr(failure, "errno", None)}))
+    sys.stdout.write(json.dumps(main(sys.argv[1])))

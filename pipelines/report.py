@@ -1,40 +1,31 @@
-"""The ledger's arithmetic: what became of every source, and whether the books balance.
+"""The books of a dataset: what became of every source, in videos and in seconds, and whether that adds up.
 
-Everything is a pure function of the set of ledger rows: their order and their number of copies do not matter, because
-two writers may commit the same sample and a listing is repeated by every run. The work is columns and integer codes,
-not rows (a million rows take three seconds); the price is that the whole ledger is in memory, about 300 bytes a row.
+The judgement over each source is `pipelines.ledger`'s; here it is added up, checked against what can be counted another
+way (the listing, the samples, the shards that exist), and written for people. Reading the ledger is all it needs, so
+the report of a million sources takes as long as opening it: about 20 s on two cores.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 
-from pipelines.dataset import DatasetInfo, Folder, read_ledger, unique_samples
+from pipelines.dataset import DatasetInfo, Folder
+from pipelines.ledger import OUTCOMES, judged_parts, read_ledger, samples_among, source_outcomes
 
-OUTCOMES = ("kept", "filtered", "quarantined", "pending")
-STAGES = ("transcode", "transcribe", "features")
+STAGES = ("fetch", "transcode", "transcribe", "features")
 RANDOM_EXTRACTOR = "random"  # as in "s3d:random:0"
-
-OUTCOME_SCHEMA = pa.schema(
-    [
-        ("source_id", pa.string()),
-        ("uri", pa.string()),
-        ("outcome", pa.string()),  # one of OUTCOMES
-        ("attempt", pa.int32()),
-        ("source_s", pa.float64()),  # null while unknown
-        ("stage", pa.string()),  # where it failed; null unless filtered or quarantined, like the next two
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
+MISSING_NAMED_S = 1.0  # a source that misses more is named; less is the tail of a container
+TAIL_LINES = 4  # of a failure's detail, on the terminal
+DURATION_STEPS = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +34,23 @@ class Report:
 
     sources: Mapping[str, int]  # total and each of OUTCOMES
     reasons: Mapping[str, int]  # sources by reason, of the filtered and quarantined ones
-    seconds: Mapping[str, float]  # source seconds, keys as `sources`
-    seconds_by_reason: Mapping[str, float]
+    seconds: Mapping[str, float]  # total, each of OUTCOMES, and missing: declared by kept sources, but not decoded
+    seconds_by_reason: Mapping[str, float]  # of filtered and quarantined sources, and of filtered parts of kept ones
     sources_without_duration: int  # they count as 0 seconds above: nothing could be probed
+    missing_seconds: tuple[Mapping[str, Any], ...]  # uri, declared_s, decoded_s, missing_s, detail; the worst first
+    attempts: Mapping[str, int]  # sources by number of attempts; "0" were only listed
+    durations: tuple[Mapping[str, Any], ...]  # below_s (null: no limit) and the number of sources by outcome
     samples: int
     sample_seconds: float
     visual_tokens: int
     sentences: int
     words: int
     transcripts: Mapping[str, int]  # samples by origin of their sentences
+    stages: tuple[Mapping[str, Any], ...]  # stage, rows, seconds (of workers), video_seconds, seconds_per_video_second
     stage_seconds: Mapping[str, float]  # wall seconds of workers, keys STAGES
     vocabularies: Mapping[str, int]  # samples by vocabulary
     extractor: str | None
-    failures: tuple[Mapping[str, Any], ...] = field(
-        repr=False
-    )  # uri, outcome, stage, reason, detail; by reason and uri
+    failures: tuple[Mapping[str, Any], ...] = field(repr=False)  # OUTCOME_SCHEMA, by reason and uri
     problems: tuple[str, ...]  # why the books do not balance, each one sentence
     notes: tuple[str, ...]  # what a reader must know before trusting the numbers
 
@@ -80,113 +73,143 @@ def report_of(url: str) -> Report:
     if not has_info and ledger.num_rows == 0:
         raise FileNotFoundError(f"no dataset at {url}: make one with `videobert ingest SOURCE --dataset {url}`.")
     info = DatasetInfo.from_json(folder.read("dataset.json")) if has_info else None
-    shards = {name.removeprefix("shards/") for name in folder.names("shards", suffix=".tar")}
-    return summarise(ledger, shards=shards, info=info)
+    return summarise(ledger, shards=_shard_sizes(folder), info=info)
 
 
-def summarise(ledger: pa.Table, *, shards: Collection[str] | None = None, info: DatasetInfo | None = None) -> Report:
-    """Ledger rows (LEDGER_SCHEMA) in numbers. Given the names of the shards that exist, checks that none is missing."""
-    outcomes, samples = source_outcomes(ledger), unique_samples(ledger)
-    counts = {name: _count(outcomes, "outcome", name) for name in OUTCOMES}
+def _shard_sizes(folder: Folder) -> dict[str, int]:
+    """Name -> bytes of each shard, from one listing."""
+    found = folder.fs.get_file_info(pafs.FileSelector(folder.path("shards"), allow_not_found=True))
+    return {item.base_name: item.size or 0 for item in found if item.type == pafs.FileType.File}
+
+
+def summarise(ledger: pa.Table, *, shards: Mapping[str, int] | None = None, info: DatasetInfo | None = None) -> Report:
+    """Ledger rows (LEDGER_SCHEMA) in numbers. Given the bytes of each shard that exists, checks that every sample is
+    there."""
+    outcomes = source_outcomes(ledger)
+    parts = judged_parts(ledger, outcomes=outcomes)
+    samples, dropped = samples_among(parts), _where(parts, "status", "filtered")
     failed = outcomes.filter(pc.is_in(outcomes["outcome"], pa.array(["filtered", "quarantined"])))
-    seconds = {name: _sum(_where(outcomes, "outcome", name), "source_s") for name in OUTCOMES}
-    listed = _num_listed(ledger)
+    stages = tuple(_stages(ledger))
     return Report(
-        sources={"total": listed, **counts},
+        sources={"total": _num_listed(ledger), **{name: _count(outcomes, "outcome", name) for name in OUTCOMES}},
         reasons=_counts(failed["reason"]),
-        seconds={"total": _sum(outcomes, "source_s"), **seconds},
-        seconds_by_reason={
-            name: _sum(_where(failed, "reason", name), "source_s") for name in _counts(failed["reason"])
-        },
+        seconds={"total": _sum(outcomes["source_s"])}
+        | {name: _sum(outcomes[f"{name}_s"]) for name in (*OUTCOMES, "missing")},
+        seconds_by_reason=_seconds_by_reason(failed, dropped),
         sources_without_duration=outcomes["source_s"].null_count,
+        missing_seconds=tuple(_missing(outcomes)),
+        attempts={str(number): count for number, count in sorted(_counts(outcomes["attempt"]).items())},
+        durations=tuple(_durations(outcomes)),
         samples=samples.num_rows,
-        sample_seconds=_round(_sum(samples, "part_end_s") - _sum(samples, "part_start_s")),
-        visual_tokens=int(_sum(samples, "num_clips")),
-        sentences=int(_sum(samples, "num_sentences")),
-        words=int(_sum(samples, "num_words")),
+        sample_seconds=_sum(_part_s(samples)),
+        visual_tokens=int(_sum(samples["num_clips"])),
+        sentences=int(_sum(samples["num_sentences"])),
+        words=int(_sum(samples["num_words"])),
         transcripts=_counts(samples["transcript"]),
-        stage_seconds=_stage_seconds(ledger),
+        stages=stages,
+        stage_seconds={stage["stage"]: stage["seconds"] for stage in stages},
         vocabularies=_counts(samples["vocabulary"]),
         extractor=info.extractor if info else None,
         failures=tuple(failed.sort_by([(name, "ascending") for name in ("reason", "uri", "source_id")]).to_pylist()),
-        problems=tuple(_problems(ledger, listed=listed, counts=counts, shards=shards)),
+        problems=(
+            *_count_problems(ledger, outcomes),
+            *_second_problems(outcomes, samples),
+            *(_shard_problems(samples, shards) if shards is not None else []),
+        ),
         notes=tuple(_notes(info, samples)),
     )
 
 
-def source_outcomes(ledger: pa.Table) -> pa.Table:
-    """One row per source, sorted by source id (OUTCOME_SCHEMA).
-
-    Only the rows of a source's highest attempt count. A quarantined row among them makes the source quarantined, else a
-    filtered one makes it filtered; else it is kept if the distinct parts of its kept rows are as many as `num_parts`
-    says, and pending if not. Where several rows fail, the first in the order of (stage, reason, detail) is shown. Rows
-    that name no source are left out.
-    """
-    ledger = ledger.filter(pc.is_valid(ledger["source_id"]))
-    if ledger.num_rows == 0:
-        return OUTCOME_SCHEMA.empty_table()
-    encoded = ledger["source_id"].combine_chunks().dictionary_encode()
-    names, codes = encoded.dictionary, encoded.indices.to_numpy()
-    attempts = _integers(ledger["attempt"])
-    latest = np.full(len(names), -1)
-    np.maximum.at(latest, codes, attempts)
-    counts_now = attempts == latest[codes]
-    status = ledger["status"]
-    failing = {name: counts_now & _equals(status, name) for name in ("quarantined", "filtered")}
-    whole = _kept_whole(ledger, codes, counts_now & _equals(status, "kept"), len(names))
-    outcome = np.where(whole, OUTCOMES.index("kept"), OUTCOMES.index("pending"))
-    for name in ("filtered", "quarantined"):  # the worse one last, it wins
-        outcome[codes[failing[name]]] = OUTCOMES.index(name)
-    words = pa.array(OUTCOMES).take(pa.array(outcome))
-    table = pa.table({"source_id": names, "outcome": words, "attempt": pa.array(latest, pa.int32())})
-    facts = ledger.group_by("source_id").aggregate([("uri", "min"), ("source_s", "max")])
-    facts = facts.rename_columns({"uri_min": "uri", "source_s_max": "source_s"})
-    causes = _first_causes(ledger.filter(pa.array(failing["quarantined"] | failing["filtered"])))
-    table = table.join(facts, "source_id").join(causes, ["source_id", "outcome"])
-    return table.select(OUTCOME_SCHEMA.names).cast(OUTCOME_SCHEMA).sort_by("source_id")
+def _seconds_by_reason(failed: pa.Table, dropped: pa.Table) -> dict[str, float]:
+    """Of sources that failed and of parts that were dropped from kept sources; the most seconds first."""
+    reasons = pa.chunked_array([*failed["reason"].chunks, *dropped["reason"].chunks], pa.string())
+    seconds = pa.chunked_array([*failed["source_s"].chunks, _part_s(dropped)], pa.float64())
+    table = pa.table({"reason": reasons, "seconds": seconds})
+    sums = {name: _sum(_where(table, "reason", name)["seconds"]) for name in _counts(reasons)}
+    return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _kept_whole(ledger: pa.Table, codes: np.ndarray, kept: np.ndarray, num_sources: int) -> np.ndarray:
-    """[num_sources] bool: all parts of the source are among its kept rows."""
-    parts = _integers(ledger["part_index"])[kept]
-    pairs = np.unique(codes[kept].astype(np.int64) << 32 | parts)  # distinct (source, part)
-    num_found = np.bincount(pairs >> 32, minlength=num_sources)
-    num_wanted = np.zeros(num_sources, np.int64)
-    np.maximum.at(num_wanted, codes[kept], _integers(ledger["num_parts"])[kept])
-    return (num_wanted > 0) & (num_found == num_wanted)
+def _missing(outcomes: pa.Table) -> list[dict[str, Any]]:
+    short = outcomes.filter(pc.greater(outcomes["missing_s"], MISSING_NAMED_S))
+    short = short.sort_by([("missing_s", "descending"), ("uri", "ascending"), ("source_id", "ascending")])
+    return [
+        {
+            "uri": row["uri"],
+            "declared_s": _round(row["declared_s"]),
+            "decoded_s": _round(row["source_s"] - row["missing_s"]),
+            "missing_s": _round(row["missing_s"]),
+            "detail": row["detail"],
+        }
+        for row in short.to_pylist()
+    ]
 
 
-def _first_causes(failing: pa.Table) -> pa.Table:
-    """Per (source, status) the first row in the order of stage, reason and detail, whatever the order of the rows."""
-    columns = ("source_id", "status", "stage", "reason", "detail")
-    ordered = failing.select(columns).sort_by([(name, "ascending") for name in columns])
-    first = ordered.group_by(["source_id", "status"], use_threads=False).aggregate(
-        [(name, "first", pc.ScalarAggregateOptions(skip_nulls=False)) for name in columns[2:]]
-    )
-    return first.rename_columns({"status": "outcome", **{f"{name}_first": name for name in columns[2:]}})
+def _durations(outcomes: pa.Table) -> list[dict[str, Any]]:
+    """How long the sources are, by outcome; those without a known duration are left out."""
+    known = outcomes.filter(outcomes["source_s"].is_valid())
+    bins = np.searchsorted(DURATION_STEPS, known["source_s"].to_numpy(), side="right")
+    names = known["outcome"]
+    counts = {
+        name: np.bincount(bins[pc.equal(names, name).to_numpy()], minlength=len(DURATION_STEPS)) for name in OUTCOMES
+    }
+    return [
+        {"below_s": None if math.isinf(below_s) else below_s} | {name: int(counts[name][index]) for name in OUTCOMES}
+        for index, below_s in enumerate(DURATION_STEPS)
+    ]
 
 
 def _num_listed(ledger: pa.Table) -> int:
     """Distinct sources in the listing, counted without looking at what became of them."""
-    listing = ledger.filter(pc.equal(ledger["attempt"], 0))
+    listing = ledger.select(["source_id"]).filter(pc.equal(ledger["attempt"], 0))
     return int(pc.count_distinct(listing["source_id"]).as_py())
 
 
-def _problems(ledger: pa.Table, *, listed: int, counts: Mapping[str, int], shards: Collection[str] | None) -> list[str]:
+def _count_problems(ledger: pa.Table, outcomes: pa.Table) -> list[str]:
     found = []
-    if listed != sum(counts.values()):
-        found.append(f"{listed} sources are listed, but the outcomes of {sum(counts.values())} add up.")
+    if (listed := _num_listed(ledger)) != outcomes.num_rows:
+        found.append(f"{listed} sources are listed, but the outcomes of {outcomes.num_rows} add up.")
     if nameless := ledger["source_id"].null_count:
         found.append(f"{nameless} ledger rows name no source.")
-    kept = ledger.filter(pc.equal(ledger["status"], "kept"))
+    kept = _where(ledger.select(["status", "key", "video_id", "part_index"]), "status", "kept")
     contents = kept.group_by(["key", "video_id", "part_index"]).aggregate([])
     if clashes := contents.num_rows - int(pc.count_distinct(kept["key"], mode="all").as_py()):
         found.append(f"{clashes} sample keys stand for more than one part of a video.")
-    if shards is not None:
-        named = pc.unique(kept["shard"]).to_pylist()
-        missing = sorted(str(name) for name in named if name not in shards)
-        if missing:
-            found.append(f"{len(missing)} shards of the ledger are missing, the first is {missing[0]}; ingest again.")
+    return found
+
+
+def _second_problems(outcomes: pa.Table, samples: pa.Table) -> list[str]:
+    """Seconds counted one way against the same counted another way; a hundredth of a second is rounding."""
+    found = []
+    total_s, spent_s = _sum(outcomes["source_s"]), sum(_sum(outcomes[f"{name}_s"]) for name in (*OUTCOMES, "missing"))
+    if abs(total_s - spent_s) > 0.01:
+        found.append(f"the sources last {total_s:.3f} s, but their outcomes add up to {spent_s:.3f} s.")
+    kept_s, sample_s = _sum(outcomes["kept_s"]), _sum(_part_s(samples))
+    if abs(kept_s - sample_s) > 0.01:
+        found.append(f"{kept_s:.3f} s of the sources are kept, but the samples last {sample_s:.3f} s.")
+    known_s = pc.max_element_wise(outcomes["declared_s"], outcomes["decoded_s"])
+    over_s = pc.subtract(pc.add(outcomes["kept_s"], outcomes["filtered_s"]), known_s)
+    longer = outcomes.filter(pc.greater(over_s, MISSING_NAMED_S)).sort_by("uri")
+    if longer.num_rows:
+        found.append(
+            f"the parts of {longer.num_rows} sources last longer than the source, the first is {longer['uri'][0]}."
+        )
+    return found
+
+
+def _shard_problems(samples: pa.Table, shards: Mapping[str, int]) -> list[str]:
+    """Shards of samples that count which are not there, or end before their last sample does."""
+    found = []
+    ends = pc.add(samples["offset"], samples["num_bytes"])
+    needed = samples.append_column("end", ends).group_by("shard").aggregate([("end", "max")]).sort_by("shard")
+    wanted_bytes = dict(zip(needed["shard"].to_pylist(), needed["end_max"].to_pylist(), strict=True))
+    if missing := [str(name) for name in wanted_bytes if name not in shards]:
+        found.append(f"{len(missing)} shards of the ledger are missing, the first is {missing[0]}; ingest again.")
+    short = [name for name, size in wanted_bytes.items() if name in shards and shards[name] < (size or 0)]
+    if short:
+        found.append(
+            f"{len(short)} shards are shorter than their samples need, the first is {short[0]}; "
+            "restore them from a copy, or ingest into another folder."
+        )
     return found
 
 
@@ -204,14 +227,36 @@ def _notes(info: DatasetInfo | None, samples: pa.Table) -> list[str]:
     return notes
 
 
-def _stage_seconds(ledger: pa.Table) -> dict[str, float]:
-    """Wall seconds by stage over all attempts; copies of a row count once."""
-    identity = ["source_id", "attempt", "part_index", "status", "run_id"]
-    spent = ledger.group_by(identity).aggregate([(f"{stage}_s", "max") for stage in STAGES])
-    return {stage: _sum(spent, f"{stage}_s_max") for stage in STAGES}
+def _stages(ledger: pa.Table) -> list[dict[str, Any]]:
+    """Where the workers' time went, over all attempts; copies of a row count once."""
+    per_row = ["source_id", "attempt", "run_id", "part_index", "status"]
+    named = ledger.select([*per_row, "declared_s", *(f"{stage}_s" for stage in STAGES)])
+    named = named.append_column("part_s", pa.chunked_array([_part_s(ledger)])).filter(ledger["source_id"].is_valid())
+    found = []
+    for stage in STAGES:
+        rows = named.filter(named[f"{stage}_s"].is_valid())
+        # A source is fetched once, whatever the number of its parts.
+        identity, length = (per_row[:3], "declared_s") if stage == "fetch" else (per_row, "part_s")
+        spent = rows.group_by(identity).aggregate([(f"{stage}_s", "max"), (length, "max")])
+        seconds, video_s = _sum(spent[f"{stage}_s_max"]), _sum(spent[f"{length}_max"])
+        found.append(
+            {
+                "stage": stage,
+                "rows": spent.num_rows,
+                "seconds": seconds,
+                "video_seconds": video_s,
+                "seconds_per_video_second": round(seconds / video_s, 4) if video_s else None,
+            }
+        )
+    return found
 
 
-def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+def _part_s(rows: pa.Table) -> pa.Array:
+    """[num_rows] seconds of each row's part; null where it has none."""
+    return pc.subtract(rows["part_end_s"], rows["part_start_s"]).combine_chunks()
+
+
+def _counts(column: pa.ChunkedArray) -> dict[Any, int]:
     """Value -> count, the most frequent first, then by name; nulls are left out."""
     pairs = [(item["values"], item["counts"]) for item in pc.value_counts(column.drop_null()).to_pylist()]
     return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
@@ -225,50 +270,71 @@ def _count(table: pa.Table, column: str, value: str) -> int:
     return _where(table, column, value).num_rows
 
 
-def _sum(table: pa.Table, column: str) -> float:
-    return _round(math.fsum(table[column].drop_null().to_numpy()))  # exact, so the order of rows cannot show
+def _sum(column: pa.Array | pa.ChunkedArray) -> float:
+    # Exact, so that the order of rows cannot show.
+    return _round(math.fsum(column.drop_null().to_numpy(zero_copy_only=False)))
 
 
 def _round(value: float | None) -> float:
     return round(float(value or 0.0), 3)
 
 
-def _integers(column: pa.ChunkedArray) -> np.ndarray:
-    """[num_rows] int64, nulls as 0."""
-    return np.asarray(pc.fill_null(column, 0).to_numpy(), np.int64)
-
-
-def _equals(column: pa.ChunkedArray, value: str) -> np.ndarray:
-    return np.asarray(pc.fill_null(pc.equal(column, value), False).to_numpy(), bool)
-
-
 def render_text(report: Report, *, num_failures: int = 20) -> str:
     """The report for a terminal: notes and problems first, then the books, then where the time went and what failed."""
     lines = [f"!! {note}" for note in report.notes] + [f"!! unbalanced: {problem}" for problem in report.problems]
     lines += [""] if lines else []
-    lines += _table(
-        ("sources", "videos", "duration"),
-        [(name, f"{report.sources[name]:,}", duration(report.seconds[name])) for name in (*OUTCOMES, "total")],
-        rule_before="total",
-    )
-    lines.append("balanced: the four add up" if report.balanced else "NOT BALANCED, see above")
-    if report.reasons:
-        rows = [
-            (name, f"{count:,}", duration(report.seconds_by_reason[name]), _example(report, name))
-            for name, count in report.reasons.items()
-        ]
+    lines += _table(("sources", "videos", "duration"), _balance(report), rule_before="total")
+    lines.append("balanced, in videos and in seconds" if report.balanced else "NOT BALANCED, see above")
+    if rows := _reasons(report):
         lines += ["", *_table(("reason", "videos", "duration", "for example"), rows)]
     lines += ["", *_table(("dataset", "", ""), _contents(report))]
-    busiest = max([*report.stage_seconds.values(), 1e-9])
     stages = [
-        (name, f"{seconds:,.1f} s", "█" * round(24 * seconds / busiest))
-        for name, seconds in report.stage_seconds.items()
+        (
+            stage["stage"],
+            f"{stage['rows']:,}",
+            duration(stage["seconds"]),
+            "" if stage["seconds_per_video_second"] is None else f"{stage['seconds_per_video_second']:.3f}",
+        )
+        for stage in report.stages
     ]
-    lines += ["", *_table(("worker time", "", ""), stages)]
+    lines += ["", *_table(("worker time", "rows", "seconds", "per second of video"), stages)]
+    if report.missing_seconds:
+        lines += ["", *_shortened(report.missing_seconds, num_failures)]
     quarantined = [failure for failure in report.failures if failure["outcome"] == "quarantined"]
     if quarantined:
         lines += ["", *_failures(quarantined, num_failures)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _balance(report: Report) -> list[tuple[str, str, str]]:
+    rows = [(name, f"{report.sources[name]:,}", duration(report.seconds[name])) for name in OUTCOMES]
+    rows.append(("missing", "", duration(report.seconds["missing"])))
+    return [*rows, ("total", f"{report.sources['total']:,}", duration(report.seconds["total"]))]
+
+
+def _reasons(report: Report) -> list[tuple[str, str, str, str]]:
+    """The reasons of sources by how many they struck, then those that only struck parts."""
+    names = [*report.reasons, *(name for name in report.seconds_by_reason if name not in report.reasons)]
+    return [
+        (
+            name,
+            f"{report.reasons.get(name, 0):,}",
+            duration(report.seconds_by_reason.get(name, 0.0)),
+            _example(report, name),
+        )
+        for name in names
+    ]
+
+
+def _shortened(missing: Sequence[Mapping[str, Any]], limit: int) -> list[str]:
+    lines = [f"seconds missing in kept sources ({min(limit, len(missing))} of {len(missing)}):"]
+    for source in missing[:limit]:
+        lines.append(f"  {source['uri']}")
+        lines.append(
+            f"      {source['declared_s']:.1f} s declared, {source['decoded_s']:.1f} s decoded, "
+            f"{source['missing_s']:.1f} s missing{'. ' if source['detail'] else ''}{_short(source['detail'], 80)}"
+        )
+    return lines
 
 
 def duration(seconds: float) -> str:
@@ -293,15 +359,21 @@ def _contents(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _failures(quarantined: list[Mapping[str, Any]], limit: int) -> list[str]:
+    """Each with its reason, its attempts, and the end of what the child process said."""
     lines = [f"quarantined ({min(limit, len(quarantined))} of {len(quarantined)}):"]
     for failure in quarantined[:limit]:
+        times = f"failed {failure['failures']} time{'' if failure['failures'] == 1 else 's'}"
         lines.append(f"  {failure['uri']}")
-        lines.append(f"      {failure['stage']}: {failure['reason']}: {_short(failure['detail'], 160)}")
+        lines.append(f"      {failure['reason']} in {failure['stage']}, {times}")
+        said = [line.strip() for line in (failure["detail"] or "").splitlines() if line.strip()]
+        lines += [f"      | {_short(line, 150)}" for line in said[-TAIL_LINES:]]
     return lines
 
 
 def _example(report: Report, reason: str) -> str:
-    failure = next(failure for failure in report.failures if failure["reason"] == reason)
+    failure = next((failure for failure in report.failures if failure["reason"] == reason), None)
+    if failure is None:
+        return "parts of kept sources"
     name = str(failure["uri"]).rstrip("/").rpartition("/")[2]
     return f"{name}: {_short(failure['detail'], 60)}" if failure["detail"] else name
 

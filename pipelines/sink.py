@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,8 @@ def sample_of(
         clip_grid=grid,
         sentences=tuple(Sentence(**sentence) for sentence in row["sentences"] or ()),
         language=row["language"],
+        metadata=json.loads(row["metadata"] or "{}"),
+        clip_starts_s=_clip_starts_s(row, grid),
         asr={"name": row["asr_name"], "version": row["asr_version"]},
         extractor=dict(extractor),
         vocabulary=vocabulary,
@@ -50,6 +53,12 @@ def sample_of(
         visual_tokens=np.frombuffer(row["visual_tokens"], token_dtype(num_tokens)),
         features=None if features is None else np.frombuffer(features, np.float16).reshape(row["num_clips"], -1),
     )
+
+
+def _clip_starts_s(row: Row, grid: ClipGrid) -> tuple[float, ...] | None:
+    if row["clip_frames"] is None:
+        return None
+    return tuple(row["part_start_s"] + frame / grid.fps for frame in row["clip_frames"])
 
 
 def build_shard(samples: list[Sample]) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -89,7 +98,10 @@ def write_ledger(ledger: pa.Table, *, folder: Folder, name: str | None = None) -
     buffer = io.BytesIO()
     pq.write_table(ledger, buffer)
     stable = ledger.select([c for c in LEDGER_SCHEMA.names if not c.endswith("_s") and c != "run_id"])
-    rows_hash = hashlib.sha256(repr(stable.to_pylist()).encode()).hexdigest()[:12]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, stable.schema) as stream:
+        stream.write_table(stable.combine_chunks())
+    rows_hash = hashlib.sha256(sink.getvalue()).hexdigest()[:12]
     # Two runs may make the same shard but judge other sources beside it: the rows are part of the name.
     folder.write(f"ledger/{name or 'outcomes'}-{rows_hash}.parquet", buffer.getvalue())
 

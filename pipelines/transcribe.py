@@ -72,6 +72,8 @@ class Sphinx:
         self.version = f"pocketsphinx {importlib.metadata.version('pocketsphinx')} en-us"
 
     def transcribe(self, sound: np.ndarray) -> list[Sentence]:
+        # The decoder adapts to what it hears; a text must not depend on which video the worker heard before.
+        self._decoder.reinit_feat()
         words = [word for start_s, speech in self._utterances(sound) for word in self._words(speech, start_s=start_s)]
         return sentences_of_words(words, origin=self.name)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dataset import (
-    LEDGER_SCHEMA,
     ClipGrid,
     Dataset,
     DatasetInfo,
@@ -22,7 +21,6 @@ from pipelines.dataset import (
     Sample,
     Sentence,
     read_members,
-    unique_samples,
 )
 from pipelines.rows import ROW_SCHEMA, Row
 from pipelines.sink import build_shard, publish
@@ -124,19 +122,13 @@ def test_readers_see_each_sample_once_even_if_two_writers_committed_it(tmp_path:
     assert sorted(s.video_id[0] for s in dataset.samples()) == ["a", "b", "c"]
 
 
-def test_samples_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
-    """A retry may cut a video into fewer parts; those of the first cut must not come back."""
-    keys = {1: ["v-0000", "v-0001", "v-0002"], 2: ["v-0000", "v-0001"]}
-    rows = [
-        {"source_id": "v", "attempt": attempt, "status": "kept", "key": key, "shard": f"{attempt}.tar"}
-        for attempt, names in keys.items()
-        for key in names
-    ]
-    found = unique_samples(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
-    assert found.select(["key", "shard"]).to_pylist() == [
-        {"key": "v-0000", "shard": "2.tar"},
-        {"key": "v-0001", "shard": "2.tar"},
-    ]
+def test_an_open_dataset_stays_as_it_is_while_others_write(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [[sample("a" * 16)]])
+    digest = dataset.digest()
+    again = write_dataset(tmp_path, [[sample("b" * 16)]])
+    assert [s.video_id[0] for s in dataset.samples()] == ["a"]
+    assert dataset.digest() == digest != again.digest()
+    assert sorted(s.video_id[0] for s in again.samples()) == ["a", "b"]
 
 
 def test_a_shard_without_its_ledger_file_does_not_exist(tmp_path: Path) -> None:
@@ -189,6 +181,52 @@ def test_every_whole_clip_is_counted_and_no_other(frames: int, num: int, stride:
     assert grid.num_clips(frames) == len(starts)
 
 
+@given(
+    frames=st.integers(0, 500), num=st.integers(1, 40), stride=st.integers(1, 40), shots=st.lists(st.integers(0, 600))
+)
+def test_first_frames_are_whole_clips_on_the_grid_or_at_the_shots(
+    frames: int, num: int, stride: int, shots: list[int]
+) -> None:
+    uniform = ClipGrid(num_frames=num, stride_frames=stride)
+    assert uniform.first_frames(frames, shots) == [s for s in range(0, frames, stride) if s + num <= frames]
+    chosen = ClipGrid(num_frames=num, stride_frames=stride, choice="keyframes").first_frames(frames, shots)
+    assert set(chosen) <= {0, *shots}
+    assert all(first + num <= frames for first in chosen)
+    assert all(second - first >= num for first, second in itertools.pairwise(chosen))
+    assert chosen[:1] == ([0] if frames >= num else [])
+    for shot in shots:  # one that is left out is no whole clip, or runs into one that is there
+        assert shot in chosen or shot + num > frames or any(first < shot < first + num for first in chosen)
+
+
+def test_clips_at_key_frames_lie_where_they_say() -> None:
+    spoken_late = (spoken(9.0, 11.0),)
+    before = dataclasses.replace(
+        sample(tokens=3, sentences=spoken_late),
+        clip_grid=ClipGrid(choice="keyframes"),
+        clip_starts_s=(2.0, 9.5, 30.25),
+        metadata={"licence": "CC-BY", "url": "https://example.org/ä"},
+    )
+    after = Sample.from_members(before.members())
+    assert same(after, before)
+    assert after.clip_span_s(1) == (9.5, 11.0)
+    assert after.starts_s.tolist() == [2.0, 9.5, 30.25]
+    (segment,) = after.segments()
+    assert (segment.first_clip, segment.visual_tokens.tolist()) == (1, [1])
+    (silent,) = dataclasses.replace(after, sentences=()).segments()
+    assert (silent.start_s, silent.end_s) == (2.0, 31.75)
+
+
+def test_shards_of_an_earlier_release_have_no_metadata_and_lie_on_the_uniform_grid() -> None:
+    members = sample().members()
+    record = json.loads(members["a" * 16 + "-0000.json"])
+    del record["metadata"], record["clip_starts_s"], record["clip_grid"]["choice"]
+    found = Sample.from_members({**members, "a" * 16 + "-0000.json": json.dumps(record).encode()})
+    assert same(found, sample())
+    assert found.starts_s.tolist() == [2.0, 3.5, 5.0, 6.5, 8.0]
+
+
 def test_an_impossible_clip_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="fps > 0"):
         ClipGrid(fps=0)
+    with pytest.raises(ValueError, match="uniform or keyframes"):
+        ClipGrid(choice="iframes")  # type: ignore[arg-type]

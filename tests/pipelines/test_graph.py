@@ -29,10 +29,10 @@ def test_a_cluster_without_a_whole_cpu_is_refused_with_the_remedy() -> None:
 
 
 @pytest.mark.integration
-def test_fetch_fuses_with_transcode_and_the_heavy_stages_are_actor_pools(
+def test_the_heavy_stages_are_actor_pools_and_nothing_stands_between_them(
     ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unfused, the bytes of every fetched source would pass through the object store."""
+    """An operator that creeps in would copy every preview once more; one that fuses would share a core's worth."""
     workers = allot_workers(cpus=2.0, gpus=0.0, num_sources=3)
     listing = pa.Table.from_pylist([{"uri": "a.mp4"}] * 3, schema=ROW_SCHEMA)
     Graph(config=IngestConfig(), folder=Folder.at("/nowhere"), workers=workers).extracted(listing).explain()
@@ -40,6 +40,6 @@ def test_fetch_fuses_with_transcode_and_the_heavy_stages_are_actor_pools(
     assert [line.strip("+- ") for line in plan.splitlines() if "[" in line] == [
         "ActorPoolMapOperator[MapBatches(Features)]",
         "ActorPoolMapOperator[MapBatches(Transcribe)]",
-        "TaskPoolMapOperator[MapBatches(fetch_and_probe)->MapBatches(transcode)]",
+        "TaskPoolMapOperator[MapBatches(fetch_and_transcode)]",
         "InputDataBuffer[Input]",
     ]

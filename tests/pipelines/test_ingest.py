@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipelines.dataset import Dataset
+from pipelines.dataset import ClipGrid, Dataset
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestResult, ingest
 from pipelines.media import MediaConfig
 from pipelines.report import report_of
 from pipelines.stages import IngestConfig
+from pipelines.todo import Removed
 from pipelines.vocabulary import VocabularyConfig
+from tests.conftest import ffmpeg
 
 MakeVideo = Callable[..., Path]
 CONFIG = IngestConfig(
@@ -27,11 +31,33 @@ CUE = "1\n00:00:00,500 --> 00:00:02,000\nchop the onion\n"
 
 
 def run(
-    *places: Path, dataset: Path, config: IngestConfig = CONFIG, retry: tuple[str, ...] = ()
+    *places: Path,
+    dataset: Path,
+    config: IngestConfig = CONFIG,
+    retry: tuple[str, ...] = (),
+    removed: Removed = "keep",
 ) -> tuple[IngestResult, list[str]]:
     said: list[str] = []
-    result = ingest([str(place) for place in places], dataset=str(dataset), config=config, retry=retry, say=said.append)
+    result = ingest(
+        [str(place) for place in places],
+        dataset=str(dataset),
+        config=config,
+        retry=retry,
+        removed=removed,
+        say=said.append,
+    )
     return result, said
+
+
+def books(dataset: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Sources by outcome and by reason; the books balance."""
+    found = report_of(str(dataset)).to_dict()
+    assert found["balanced"], found["problems"]
+    return {name: count for name, count in found["sources"].items() if count and name != "total"}, found["reasons"]
+
+
+def titles(dataset: Path) -> list[str]:
+    return sorted(sample.title for sample in Dataset(str(dataset)).samples())
 
 
 @pytest.fixture
@@ -128,9 +154,173 @@ def test_a_dataset_refuses_features_of_another_extractor(
 ) -> None:
     make_video("corpus/a.mp4", seconds=3.2)
     run(tmp_path / "corpus", dataset=tmp_path / "dataset")
+    make_video("corpus/b.mp4", seconds=3.2, hue=90)
     other = dataclasses.replace(CONFIG, features=FeaturesConfig(weights="random:1", pixels=32))
     with pytest.raises(ValueError, match="use those weights and pixels, or another --dataset"):
         run(tmp_path / "corpus", dataset=tmp_path / "dataset", config=other)
+
+
+@pytest.mark.integration
+def test_a_changed_file_takes_the_place_of_its_older_version_and_a_touched_one_costs_nothing(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
+    make_video("corpus/a.mp4", seconds=3.2)
+    path = make_video("corpus/b.mp4", seconds=3.2, hue=90)
+    run(corpus, dataset=dataset)
+    before = {sample.key for sample in Dataset(str(dataset)).samples()}
+    os.utime(path, (1, 1))
+    assert run(corpus, dataset=dataset)[0].num_new == 0
+    assert books(dataset) == ({"kept": 2, "filtered": 1}, {"superseded": 1})
+    assert {sample.key for sample in Dataset(str(dataset)).samples()} == before
+    make_video("corpus/b.mp4", seconds=4.7, hue=180)
+    assert run(corpus, dataset=dataset)[0].num_new == 1
+    assert books(dataset) == ({"kept": 2, "filtered": 2}, {"superseded": 2})
+    assert {s.title: len(s.visual_tokens) for s in Dataset(str(dataset)).samples()} == {"a": 2, "b": 3}
+    assert run(corpus, dataset=dataset)[0].num_new == 0
+
+
+@pytest.mark.integration
+def test_a_copy_takes_over_at_once_when_its_original_is_changed(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
+    shutil.copy(make_video("corpus/a.mp4", seconds=3.2), corpus / "copy.mp4")
+    run(corpus, dataset=dataset)
+    assert titles(dataset) == ["a"]
+    make_video("corpus/a.mp4", seconds=3.2, hue=90)
+    run(corpus, dataset=dataset)
+    assert titles(dataset) == ["a", "copy"]
+    assert books(dataset) == ({"kept": 2, "filtered": 1}, {"superseded": 1})
+
+
+@pytest.mark.integration
+def test_removed_files_stay_unless_asked_and_come_back_when_they_do(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
+    make_video("corpus/a.mp4", seconds=3.2)
+    path = make_video("corpus/b.mp4", seconds=3.2, hue=90)
+    other = make_video("elsewhere/c.mp4", seconds=3.2, hue=180)
+    run(corpus, other, dataset=dataset)
+    path.rename(tmp_path / "aside.mp4")
+    _, said = run(corpus, dataset=dataset)
+    assert any("1 sources are gone from their place" in line for line in said)
+    assert titles(dataset) == ["a", "b", "c"]
+    run(corpus, dataset=dataset, removed="drop")
+    assert titles(dataset) == ["a", "c"]  # c lies in a place that was not listed
+    assert books(dataset) == ({"kept": 2, "filtered": 1}, {"removed": 1})
+    (tmp_path / "aside.mp4").rename(path)
+    run(corpus, dataset=dataset)
+    assert titles(dataset) == ["a", "b", "c"]
+    assert books(dataset) == ({"kept": 3}, {})
+
+
+@pytest.mark.integration
+def test_a_source_may_fail_so_many_times_and_is_left_alone_then(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
+    make_video("corpus/good.mp4", seconds=3.2)
+    (corpus / "fake.mp4").write_text("no video")
+    config = dataclasses.replace(CONFIG, max_attempts=2)
+    assert run(corpus, dataset=dataset, config=config)[0].num_new == 2
+    assert run(corpus, dataset=dataset, config=config)[0].num_new == 0  # nobody asked
+    assert run(corpus, dataset=dataset, config=config, retry=("timeout",))[0].num_new == 0
+    assert run(corpus, dataset=dataset, config=config, retry=("unreadable",))[0].num_new == 1
+    result, said = run(corpus, dataset=dataset, config=config, retry=("unreadable",))
+    assert result.num_new == 0
+    assert any("have failed 2 times" in line for line in said)
+    (failure,) = report_of(str(dataset)).to_dict()["failures"]
+    assert (failure["reason"], failure["failures"]) == ("unreadable", 2)
+    assert "moov" in failure["detail"] or "Invalid data" in failure["detail"]
+
+
+@pytest.mark.integration
+def test_a_first_run_that_dies_before_its_vocabulary_goes_on_with_what_it_had(
+    ray_session: None, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    dataset, reference = tmp_path / "dataset", tmp_path / "reference"
+    run(corpus, dataset=reference)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipelines.vocabulary.save", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            run(corpus, dataset=dataset)
+    assert books(dataset)[0] == {"pending": 6, "filtered": 1}
+    assert not (dataset / "shards").exists()
+    result, said = run(corpus, dataset=dataset)
+    assert any("6 sources are there already" in line for line in said)
+    assert result.stage_times is not None
+    assert result.stage_times.to_dict()["transcode"]["rows"] == 0
+    assert not (dataset / "extracted").exists()
+    members = [{s.key: s.members() for s in Dataset(str(place)).samples()} for place in (dataset, reference)]
+    assert members[0] == members[1]
+    assert books(dataset) == books(reference)
+
+
+@pytest.mark.integration
+def test_a_list_carries_its_columns_into_the_samples_and_a_row_without_a_file_costs_itself(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    make_video("corpus/a.mp4", seconds=3.2, captions=CUE)
+    listing = tmp_path / "corpus" / "list.csv"
+    listing.write_text("uri,title,licence,language\na.mp4,Onions,CC-BY,en\ngone.mp4,Lost,CC0,en\n")
+    run(listing, dataset=tmp_path / "dataset")
+    (sample,) = Dataset(str(tmp_path / "dataset")).samples()
+    assert (sample.title, sample.metadata, sample.language) == ("Onions", {"licence": "CC-BY"}, "en")
+    assert books(tmp_path / "dataset") == ({"kept": 1, "quarantined": 1}, {"fetch_failed": 1})
+
+
+@pytest.mark.integration
+def test_a_dataset_can_be_made_again_from_the_previews_of_another(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    path = make_video("corpus/a.mp4", seconds=3.2)
+    run(tmp_path / "corpus", dataset=tmp_path / "old")
+    path.unlink()
+    run(tmp_path / "old", dataset=tmp_path / "new")
+    (sample,) = Dataset(str(tmp_path / "new")).samples()
+    assert (sample.title, sample.metadata["source"], len(sample.visual_tokens)) == ("a", str(path), 2)
+
+
+@pytest.mark.integration
+def test_key_frame_clips_say_where_they_lie(ray_session: None, make_video: MakeVideo, tmp_path: Path) -> None:
+    """Four seconds of bars, then four of blue."""
+    bars, path = make_video("bars.mp4", seconds=4), tmp_path / "corpus" / "v.mp4"
+    path.parent.mkdir()
+    blue = ["-f", "lavfi", "-i", "color=blue:size=160x120:rate=25:duration=4"]
+    ffmpeg("-i", str(bars), *blue, "-filter_complex", "[0:v][1:v]concat=n=2,format=yuv420p", str(path))
+    config = dataclasses.replace(CONFIG, clip_grid=ClipGrid(choice="keyframes"))
+    run(path, dataset=tmp_path / "dataset", config=config)
+    (sample,) = Dataset(str(tmp_path / "dataset")).samples()
+    assert sample.clip_starts_s == (0.0, 4.0)
+    assert sample.clip_span_s(1) == (4.0, 5.5)
+    assert len(sample.visual_tokens) == 2
+
+
+@pytest.mark.integration
+def test_a_full_disk_ends_in_one_sentence_and_the_next_run_goes_on(
+    ray_session: None, make_video: MakeVideo, tmp_path: Path
+) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]).returncode:
+        pytest.skip("only root can make a disk that is full")
+    try:
+        make_video("corpus/a.mp4", seconds=8)
+        with pytest.raises(OSError, match=r"cannot write .* No space left on device") as caught:
+            run(tmp_path / "corpus", dataset=place / "dataset")
+        assert "Traceback" not in str(caught.value)
+        assert [p for p in place.rglob("*") if ".tmp-" in p.name] == []
+        assert books(place / "dataset")[0] == {"pending": 1}
+        subprocess.run(["mount", "-o", "remount,size=20m", str(place)], check=True)
+        run(tmp_path / "corpus", dataset=place / "dataset")
+        assert books(place / "dataset")[0] == {"kept": 1}
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_dataset_folder_that_cannot_be_written_is_an_error_before_any_work(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 import shutil
@@ -18,8 +19,20 @@ from PIL import Image
 from pipelines import vocabulary
 from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, Dataset, DatasetInfo, Folder, Sample, Sentence
 from pipelines.media import ffmpeg_path
-from pipelines.page import Previews, Section, associated_words, curves_figure, gather, render_page, story
+from pipelines.page import (
+    Previews,
+    Section,
+    associated_words,
+    balance_bars,
+    curves_figure,
+    duration_columns,
+    gather,
+    render_page,
+    story,
+)
+from pipelines.report import summarise
 from pipelines.sink import build_shard, write_ledger
+from tests.pipelines.ledgers import dropped, ledger, listing, part, verdict
 
 GRID = ClipGrid()
 CLIPS = 8
@@ -146,7 +159,7 @@ def test_the_page_needs_nothing_beside_itself(page: str) -> None:
 
 def test_the_page_shows_the_ledger_and_its_warnings(page: str) -> None:
     assert "RANDOM WEIGHTS" in page
-    assert "total, balanced" in page
+    assert ">balanced<" in page
     assert "moov atom &lt;not found&gt;" in page  # strangers' text is escaped
     assert "The testcard &lt;title&gt;" in page
 
@@ -160,7 +173,7 @@ def test_the_page_shows_strips_of_four_frames_and_a_filmstrip_of_clips(page: str
 def test_the_callers_sections_are_on_the_page_with_their_curves(page: str) -> None:
     assert '<h2 id="extra-1">Loss</h2>' in page
     assert "<td>0.5</td>" in page
-    assert page.count("<svg") == 2  # the curves and the histogram
+    assert page.count("<svg") == 3  # durations, the curves and the histogram
     assert "#010203" not in page  # the placeholder of the page's ink
 
 
@@ -176,8 +189,64 @@ def test_a_video_without_preview_is_left_out_and_said(dataset: Dataset, tmp_path
 def test_a_dataset_without_samples_has_a_page(tmp_path: Path, dataset: Dataset) -> None:
     (tmp_path / "dataset.json").write_bytes(dataset.info.to_json())
     page = render_page(Dataset(str(tmp_path)), tmp_path / "page.html").read_text()
-    assert "total, balanced" in page
+    assert ">balanced<" in page
     assert "No sample has a preview" in page
+
+
+def test_a_folder_whose_sources_all_failed_has_a_page_of_its_ledger(tmp_path: Path) -> None:
+    folder = Folder.at(str(tmp_path / "failed"))
+    write_ledger(ledger(listing("a"), verdict("a", declared_s=30.0), listing("b")), folder=folder)
+    page = render_page(folder.root, tmp_path / "page.html").read_text()
+    assert "unreadable" in page
+    assert "/v/a.mp4" in page
+    assert "no samples yet" in page
+    assert 'id="tokens"' not in page
+    with pytest.raises(FileNotFoundError, match="videobert ingest"):
+        render_page(str(tmp_path / "nowhere"), tmp_path / "page.html")
+
+
+def test_a_dataset_whose_shard_is_gone_has_a_page_that_says_so(tmp_path: Path, dataset: Dataset) -> None:
+    shutil.copytree(dataset.url, tmp_path / "copy")
+    (tmp_path / "copy" / "shards" / "a.tar").unlink()
+    page = render_page(str(tmp_path / "copy"), tmp_path / "page.html").read_text()
+    assert "The samples cannot be read" in page
+    assert "1 shards of the ledger are missing" in page
+    assert "moov atom" in page
+    assert 'id="tokens"' not in page
+
+
+def test_the_bars_of_the_balance_are_the_report() -> None:
+    rows = [listing(name) for name in "abcd"]
+    rows += [part("a", 0, None), dropped("a", 1, 2, declared_s=20.0), verdict("b", declared_s=5.0)]
+    rows += [verdict("c", "filtered", declared_s=1.0)]
+    report = summarise(ledger(*rows))
+    bars = {bar["name"]: (bar["outcome"], bar["videos"], bar["seconds"]) for bar in balance_bars(report)}
+    assert bars == {
+        "kept": ("kept", 1, 6.0),
+        "too_short": ("filtered", 1, 1.0),
+        "static": ("filtered", 0, 6.0),
+        "unreadable": ("quarantined", 1, 5.0),
+        "pending": ("pending", 1, 0.0),
+        "missing": ("missing", 1, 8.0),
+    }
+    assert sum(seconds for _, _, seconds in bars.values()) == report.seconds["total"]
+    columns = duration_columns(report)
+    assert [column["label"] for column in columns] == [
+        "0–10 s", "10–30 s", "30–60 s", "1–2 min", "2–5 min", "5–10 min", "10–30 min", "30–60 min", "1–2 h", "over 2 h",
+    ]  # fmt: skip
+    assert [column["count"] for column in columns[:3]] == [2, 1, 0]
+    assert max(column["top"] for column in columns) == 1.0
+
+
+def test_a_video_whose_first_part_was_filtered_is_still_on_the_clock(tmp_path: Path, dataset: Dataset) -> None:
+    folder = Folder.at(str(tmp_path))
+    folder.write("dataset.json", dataset.info.to_json())
+    folder.write("media/va.mp4", dataset.folder.read("media/testcard.mp4"))
+    write_ledger(ledger(listing("a"), dropped("a", 0, None), part("a", 1, 2)), folder=folder)
+    previews = Previews(Dataset(str(tmp_path)))
+    (frame,) = previews.frames("va", [6.01])
+    (same,) = Previews(dataset).frames("testcard", [16.01])
+    assert np.array_equal(np.asarray(frame), np.asarray(same))
 
 
 def test_frames_are_those_shown_at_the_clock_time(dataset: Dataset) -> None:
@@ -216,6 +285,15 @@ def test_a_storys_sentences_lie_under_their_seconds(dataset: Dataset) -> None:
     # 11.0 s to 13.8 s, in cells of an eighth of a second after 10.0 s, counted from 1
     assert (drawn["sentences"][0]["start"], drawn["sentences"][0]["end"]) == (9, 31)
     assert len(drawn["frames"]) == len(drawn["tokens"]) == CLIPS
+
+
+def test_a_story_of_key_frames_has_a_column_for_each_shot(dataset: Dataset) -> None:
+    sample = next(sample for sample in dataset.samples() if sample.video_id == "testcard")
+    starts_s = (10.0, 11.5, 15.5, 17.0, 18.5, 19.0, 19.1, 20.0)
+    drawn = story(dataclasses.replace(sample, clip_starts_s=starts_s), Previews(dataset))
+    assert drawn["seconds"] == ["10.0", "11.5", "15.5", "17.0", "18.5", "19.0", "19.1", "20.0"]
+    # 11.0 s is two thirds into the first column, 13.8 s lies 2.3 of 4 s into the second; twelve cells each
+    assert (drawn["sentences"][0]["start"], drawn["sentences"][0]["end"]) == (9, 20)
 
 
 def test_words_that_go_with_a_token_come_before_words_that_go_with_everything() -> None:

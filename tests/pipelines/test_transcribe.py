@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.dataset import Sentence
+from pipelines.media import ffmpeg_path
 from pipelines.transcribe import (
     MAX_PAUSE_S,
     Sphinx,
@@ -143,3 +145,18 @@ def test_whisper_loads_a_checkpoint_of_its_own_format_and_keeps_to_the_sound(tmp
     sentences = recogniser.transcribe((np.random.default_rng(0).normal(size=16000 * 2) * 3000).astype(np.int16))
     assert "nano" in recogniser.version
     assert all(0 <= s.start_s <= s.end_s <= 30.0 for s in sentences)
+
+
+@pytest.mark.integration
+def test_sphinx_hears_a_recording_the_same_whatever_it_heard_before(shared_media: Path) -> None:
+    recogniser = Sphinx()
+    first, second = (_sound(shared_media / name, seconds=5) for name in ("jfk.flac", "nasa_subtitles.mp4"))
+    alone = [Sphinx().transcribe(sound) for sound in (first, second)]
+    assert alone[0]
+    assert [recogniser.transcribe(sound) for sound in (second, first, second)] == [alone[1], alone[0], alone[1]]
+
+
+def _sound(path: Path, *, seconds: float) -> np.ndarray:
+    command = [ffmpeg_path(), "-v", "error", "-i", str(path), "-t", str(seconds), "-ac", "1", "-ar", "16000"]
+    out = subprocess.run([*command, "-f", "s16le", "pipe:"], capture_output=True, check=True).stdout
+    return np.frombuffer(out, "<i2")

@@ -121,6 +121,8 @@ def write_dataset(root: Path, samples: list[Sample], centroids: np.ndarray) -> s
                 "source_id": sample.video_id,
                 "attempt": 1,
                 "status": "kept",
+                "part_index": 0,
+                "num_parts": 1,
                 "key": sample.key,
                 "shard": "one.tar",
                 "video_id": sample.video_id,
