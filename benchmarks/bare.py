@@ -31,10 +31,10 @@ import numpy as np
 from benchmarks.corpus import Video
 from benchmarks.harness import Spent, num_cores, run_children
 from pipelines import features, media, stages, transcribe
-from pipelines.dataset import Folder
 from pipelines.rows import ROW_SCHEMA, Row
 from pipelines.sources import Source
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder
 
 
 @dataclass(frozen=True, kw_only=True)

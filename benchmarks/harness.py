@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -188,9 +189,9 @@ class TreeSampler:
     def _sample(self) -> None:
         by_name: dict[str, list[float]] = {}
         processes = list(tree(os.getpid()))
-        workers = {process.pid for process in processes if process.name.startswith(RAY_PREFIX)}
+        workers = {process.pid for process in processes if process.is_ray_worker}
         for process in processes:
-            by_name.setdefault(process.name.removeprefix(RAY_PREFIX), []).append(process.own_mb)
+            by_name.setdefault(process.name, []).append(process.own_mb)
             if process.parent not in workers:  # a worker's children are counted with it once it has reaped them
                 self._cpu_s[process.pid] = process.cpu_s
         for name, sizes in by_name.items():
@@ -233,6 +234,7 @@ class Process:
     pid: int
     parent: int
     name: str
+    is_ray_worker: bool
     own_mb: float  # resident, without shared pages
     cpu_s: float  # its own and that of reaped children
 
@@ -254,22 +256,30 @@ def tree(root: int) -> Iterator[Process]:
             resident, shared = (int(pages) for pages in memory[0].split()[1:3])
             own_mb = (resident - shared) * _PAGE_BYTES / 1e6
             cpu_s = sum(int(ticks) for ticks in stat[11:15]) / _TICKS_PER_S
-            yield Process(pid=pid, parent=int(stat[1]), name=_name(pid), own_mb=own_mb, cpu_s=cpu_s)
+            line = _command_line(pid)
+            yield Process(
+                pid=pid,
+                parent=int(stat[1]),
+                name="driver" if pid == root else _name(line),
+                is_ray_worker=line.startswith(RAY_PREFIX),
+                own_mb=own_mb,
+                cpu_s=cpu_s,
+            )
 
 
-def _name(pid: int) -> str:
-    """How people call the process: Ray's workers write their stage into their command line."""
-    words = Path(f"/proc/{pid}/cmdline")
-    try:
-        line = words.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return "gone"
+def _name(line: str) -> str:
+    """How people call a process: Ray's workers write the stage that they run into their command line."""
     if line.startswith(RAY_PREFIX):
-        return line.split(" ")[0]
-    if pid == os.getpid():
-        return "driver"
-    first = os.path.basename(line.split(" ")[0]) if line else "kernel"
-    return next((name for name in ("raylet", "gcs_server", "ffmpeg", "python") if first.startswith(name)), first)
+        return " + ".join(re.findall(r"MapBatches\((\w+)\)", line)) or "other Ray workers"
+    first = os.path.basename(line.split(" ")[0])
+    return next((name for name in ("raylet", "gcs_server", "ffmpeg", "python") if first.startswith(name)), "other")
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.dataset import Folder
 from pipelines.ledger import LEDGER_SCHEMA, compact, read_ledger, remaining, source_outcomes, unique_samples
+from pipelines.storage import Folder
 
 SAMPLES_PER_SHARD = 64
 NUM_NEW = 1000

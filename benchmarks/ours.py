@@ -28,10 +28,11 @@ from benchmarks.bare import source_row
 from benchmarks.corpus import Video
 from benchmarks.harness import num_cores
 from pipelines import features, stages, vocabulary
-from pipelines.dataset import DatasetInfo, Folder
+from pipelines.dataset import DatasetInfo
 from pipelines.graph import Graph, allot_workers
 from pipelines.rows import ROW_SCHEMA
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder
 
 
 def listing(videos: Sequence[Video]) -> pa.Table:
@@ -126,17 +127,20 @@ class GraphRun:
     num_clips: int
 
     def steady(self) -> tuple[float, float]:
-        """From the first to the last moment at which every features worker has a row in hand (epoch seconds)."""
+        """From the first row in the last heavy stage to the last moment at which each of its workers has one (epoch
+        seconds): before that the pipeline fills, after that it runs dry.
+
+        Raises RuntimeError where its workers never all had one.
+        """
         steps = sorted(step for a, b in self.intervals["features"] for step in ((a, 1), (b, -1)))
-        full: list[tuple[float, float]] = []
-        busy = 0
-        for (at_s, change), following in zip(steps, [*steps[1:], (steps[-1][0], 0)], strict=True):
+        busy, full_until_s = 0, None
+        for at_s, change in steps:
+            if busy == self.num_features_workers and change < 0:
+                full_until_s = at_s
             busy += change
-            if busy == self.num_features_workers:
-                full.append((at_s, following[0]))
-        if not full:
+        if full_until_s is None:
             raise RuntimeError("the features workers never all had work: give the benchmark more video.")
-        return full[0][0], full[-1][1]
+        return steps[0][0], full_until_s
 
     def share_within(self, stage: str, begin_s: float, end_s: float) -> float:
         """Share of a stage's work in a stretch of time, by the time its rows were in hand."""
@@ -182,7 +186,9 @@ def graph_run(videos: Sequence[Video], *, config: IngestConfig, out: Path) -> Gr
 
 
 def object_store_bytes() -> int:
-    """What the object stores of the cluster hold now."""
+    """What the object stores of the cluster hold now; 0 where no Ray runs."""
+    if not ray.is_initialized():  # asking would start one
+        return 0
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     reply = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address))

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 
 from pipelines import features, scratch, stages, transcribe
-from pipelines.dataset import Folder
 from pipelines.progress import StageClock
 from pipelines.rows import ROW_SCHEMA, Row, run_stage
 from pipelines.sources import Source
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder
 
 # Share of the cores' time that becomes useful work in a run (benchmarks/ingest.py measures it, goal 0.90).
 EFFICIENCY = 0.9

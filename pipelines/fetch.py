@@ -36,8 +36,8 @@ import requests
 import urllib3
 
 from pipelines import tars
-from pipelines.dataset import PIECE_BYTES, filesystem_of, is_plain, local_path, local_uri
 from pipelines.errors import StageError
+from pipelines.storage import PIECE_BYTES, filesystem_of, is_plain, local_path, local_uri
 
 _MAX_REDIRECTS = 5
 _RETRIED_STATUSES = frozenset({408, 425, 429})  # and 5xx

@@ -18,10 +18,11 @@ import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from pipelines import stages
-from pipelines.dataset import DatasetInfo, Folder
+from pipelines.dataset import DatasetInfo
 from pipelines.progress import Crew
 from pipelines.spool import Spool
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder
 from pipelines.vocabulary import Vocabulary
 
 

@@ -22,7 +22,7 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 from pipelines import features, ledger, near_duplicates, scratch, sink, sources, todo, transcribe, vocabulary
-from pipelines.dataset import DatasetInfo, Folder, sweep_partials
+from pipelines.dataset import DatasetInfo
 from pipelines.errors import REASONS
 from pipelines.estimate import Bill, estimate
 from pipelines.graph import Graph, allot_workers
@@ -31,6 +31,7 @@ from pipelines.live import Reporter, start_counter, until_stalled
 from pipelines.progress import StageTimes
 from pipelines.spool import Spool
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder, sweep_partials
 from pipelines.todo import Removed, isin, with_columns
 
 JUDGED_AFTER = 100  # sources, before max_failure_rate may stop a run
@@ -124,6 +125,8 @@ def _prepare(
     listing = sources.discover(places, outside=dataset)
     ignored = f", {listing.num_ignored} files left out that are no media by their name" if listing.num_ignored else ""
     say(f"{len(listing.sources)} sources listed{ignored}.")
+    for note in listing.notes:
+        say(note)
     run = _Run(dataset=dataset, config=config, say=say)
     plan = todo.plan(listing, run.ledger, retry=retry, removed=removed, max_attempts=config.max_attempts, say=say)
     return listing, run, plan

@@ -21,7 +21,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
 import ray
@@ -30,7 +30,7 @@ from pipelines.progress import FEW_ROWS, RECENT_S, Counter, Crew, Progress, Stag
 
 STALL_S = 120.0
 ANSWER_S = 5.0  # the actor answers in milliseconds; a machine that swaps takes longer
-SETTLE_S = 2.0  # last messages may arrive after the last result
+SETTLE_S, QUIET_S = 2.0, 0.2  # last messages may arrive after the last result
 BAR_CELLS = 16
 
 T = TypeVar("T")
@@ -124,12 +124,16 @@ class Reporter:
         return moved or self._screen is not None
 
     def _settle(self) -> None:
-        """Wait for the last messages: nothing in hand any more."""
+        """Wait for the last messages: nothing in hand, and none for a moment."""
         deadline_s = time.monotonic() + SETTLE_S
         self._ask()
-        while self._seen and any(now.num_in_hand for now in self._seen.stages) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
+        while self._seen and time.monotonic() < deadline_s:
+            before = self._seen
+            time.sleep(QUIET_S)
             self._ask()
+            in_hand = any(now.num_in_hand for now in self._seen.stages)
+            if not in_hand and self._seen.num_moves == before.num_moves:
+                return
 
     def _judge(self) -> None:
         """Say a standstill; set `stalled` where it is for good."""
@@ -184,7 +188,7 @@ class Reporter:
         return dataclasses.replace(after, stages=tuple(stages))
 
 
-def until_stalled(results: Iterator[T], reporter: Reporter) -> Iterator[T]:
+def until_stalled(results: Iterator[T], reporter: Reporter) -> Generator[T]:
     """The results, pulled by a thread of its own, so that a wait which never ends can be left.
 
     Raises Stalled with the reason and the remedy, and whatever the results raise.

@@ -6,7 +6,7 @@ while ffmpeg still runs, so memory holds one part however long the video is. Lat
 never the source, so the decoder's attack surface is here: children with limits on wall time, CPU time, memory, pixels,
 streams and bytes written, without a network where the kernel allows that, one process group that is killed as a whole,
 whitelisted protocols and formats. The price is one lossy generation (crf 18) before the features; chunks and thumbnails
-cost 3 % over an ffmpeg that only writes preview and sound, a second decode of 1080p would cost 60 %.
+cost 3 % of CPU over an ffmpeg that writes preview and sound alone, a second decode of 1080p would cost 52 %.
 
 Clock: ffmpeg subtracts the container's start time, and pictures and sound are each placed by their own timestamps from
 there, so preview time t is clock time `start_s + t`, whatever the frame rate of the source does, whichever stream

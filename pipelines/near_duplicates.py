@@ -13,7 +13,8 @@ it (so no chain of likenesses joins what is different). The verdicts are a funct
 order in which they came: a newcomer with an earlier name takes the place of a later one, and a video whose original has
 gone comes back, from its samples and without work. A run that finds the same set writes nothing.
 
-Cost: two reads of 4 kB a sample, one of 1024 x 1024 a pair of blocks; 100,000 videos take MEASURED and hold 4 kB each.
+Cost: one read of at most 256 kB a sample (2 ms on a local disk) and one product a pair of videos: 36 s for 30,000 videos
+on one core, growing with the square, so 7 minutes for 100,000. They hold 4 kB a video and 1 kB a part in memory.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import vocabulary
-from pipelines.dataset import Folder
 from pipelines.ledger import LEDGER_SCHEMA, read_ledger, source_outcomes
+from pipelines.storage import Folder
 
 MIN_CLIPS = 4
 """Shorter videos are left alone: one or two clips of the same room are alike whatever happens in it."""

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from pipelines import vocabulary
-from pipelines.dataset import Dataset, Folder, Sample
+from pipelines.dataset import Dataset, Sample
 from pipelines.errors import REASONS
 from pipelines.ledger import OUTCOMES, judged_parts
 from pipelines.report import Report, duration, report_of
+from pipelines.storage import Folder
 
 MAX_SAMPLES = 5000
 MAX_SEGMENTS = 100_000  # held in memory for the words of a token, about 200 bytes each

@@ -1,8 +1,9 @@
 """What the stages of a running graph have done, and what their workers wait for.
 
 Workers tell one small actor when they take a row, when a row leaves them and when they are done with it; everything
-else is arithmetic on those three. That is three messages a row without an answer (measured: 0.05 ms each for the
-worker), so the actor also knows what is in hand now, and a long row can be told from a dead stage.
+else is arithmetic on those three. So the actor also knows what is in hand now, and a long row can be told from a dead
+stage. The price is three messages a row and stage, which nobody waits for: 0.4 ms of CPU each for the worker on a busy
+machine, and the actor takes 1,000 a second, enough for 60 parts a second through the whole graph.
 
 A worker's time is *busy* (a row in hand) or it stands still. Standing still is told apart by a rule, not by insight:
 

@@ -1,8 +1,8 @@
 """The books of a dataset: what became of every source, in videos and in seconds, and whether that adds up.
 
 The judgement over each source is `pipelines.ledger`'s; here it is added up, checked against what can be counted another
-way (the listing, the samples, the shards that exist), and written for people. Reading the ledger is all it needs, so
-the report of a million sources takes as long as opening it: about 20 s on two cores.
+way (the listing, the samples, the shards that exist), and written for people. It reads the ledger and lists
+the shards, and no more than that, so it costs about as much as opening the dataset twice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from pipelines.dataset import DatasetInfo, Folder
+from pipelines.dataset import DatasetInfo
 from pipelines.ledger import OUTCOMES, judged_parts, read_ledger, samples_among, source_outcomes
+from pipelines.storage import Folder
 
 STAGES = ("fetch", "transcode", "transcribe", "features")
 RANDOM_EXTRACTOR = "random"  # as in "s3d:random:0"

@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, Folder, Sample, Sentence, token_dtype
+from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, Sample, Sentence, token_dtype
 from pipelines.rows import Row
+from pipelines.storage import Folder
 
 
 def sample_of(
@@ -44,7 +45,7 @@ def sample_of(
         clip_grid=grid,
         sentences=tuple(Sentence(**sentence) for sentence in row["sentences"] or ()),
         language=row["language"],
-        metadata=json.loads(row["metadata"] or "{}"),
+        metadata={name: str(value) for name, value in json.loads(row["metadata"] or "{}").items()},
         clip_starts_s=_clip_starts_s(row, grid),
         asr={"name": row["asr_name"], "version": row["asr_version"]},
         extractor=dict(extractor),
@@ -96,7 +97,7 @@ def write_ledger(ledger: pa.Table, *, folder: Folder, name: str | None = None) -
     """Commit ledger rows, sorted, under a name derived from the shard or from the rows themselves."""
     ledger = ledger.sort_by([("source_id", "ascending"), ("part_index", "ascending")])
     buffer = io.BytesIO()
-    pq.write_table(ledger, buffer)
+    pq.write_table(ledger, buffer, write_page_checksum=True)
     stable = ledger.select([c for c in LEDGER_SCHEMA.names if not c.endswith("_s") and c != "run_id"])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, stable.schema) as stream:

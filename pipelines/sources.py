@@ -32,7 +32,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from pipelines import fetch, source_lists, tars
-from pipelines.dataset import Dataset, Folder, absolute_url, digest_of, filesystem_of, is_plain, local_path, local_uri
+from pipelines.dataset import Dataset
+from pipelines.storage import Folder, absolute_url, digest_of, filesystem_of, is_plain, local_path, local_uri
 
 _VIDEO = "mp4 m4v mov mkv webm avi mpg mpeg ts mts m2ts flv wmv asf ogv 3gp gif mxf"
 # Sound files are listed too: the books must balance, and a recording without pictures is filtered with its reason.

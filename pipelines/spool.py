@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.dataset import Folder
 from pipelines.rows import ROW_SCHEMA
+from pipelines.storage import Folder
 
 _NAMES = ["source_id", "attempt", "status", "reason", "part_index", "num_parts"]
 

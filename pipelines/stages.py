@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import features, fetch, filters, media, scratch, sink, transcribe, vocabulary
-from pipelines.dataset import ClipGrid, DatasetInfo, Folder, Sentence, content_id
+from pipelines.dataset import ClipGrid, DatasetInfo, Sentence
 from pipelines.errors import StageError
 from pipelines.progress import StageClock, row_video_s
 from pipelines.rows import Row, failed, run_stage, to_table
+from pipelines.storage import Folder, content_id
 
 MAX_CAPTIONS_BYTES = 16 << 20  # a day of speech as SubRip is 2 MB
 

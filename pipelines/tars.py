@@ -18,7 +18,7 @@ from typing import IO
 
 import pyarrow.fs as pafs
 
-from pipelines.dataset import filesystem_of, is_plain
+from pipelines.storage import filesystem_of, is_plain
 
 _HEADER_BYTES = 64 << 10  # one read holds a header and a small member behind it
 

@@ -82,14 +82,14 @@ def _leaving(
         gone = gone.slice(0, 0)
     tables = [_verdicts(left.superseded, "superseded"), _verdicts(gone, "removed")]
     if left.superseded.num_rows:
-        tables += _taken_over(listing, left, ledger.unique_samples(known, outcomes=outcomes))
+        tables += _taken_over(listing, left, ledger.judged_parts(known, outcomes=outcomes))
     return pa.concat_tables([as_schema(table, LEDGER_SCHEMA) for table in tables])
 
 
-def _taken_over(listing: sources.Listing, left: ledger.Remaining, samples: pa.Table) -> list[pa.Table]:
-    """Samples of older versions, as those of the new version of a file whose content is the same: it was touched, or
+def _taken_over(listing: sources.Listing, left: ledger.Remaining, parts: pa.Table) -> list[pa.Table]:
+    """Parts of older versions, as those of the new version of a file whose content is the same: it was touched, or
     copied back."""
-    older = samples.filter(isin(samples["source_id"], left.superseded["source_id"]))
+    older = parts.filter(isin(parts["source_id"], left.superseded["source_id"]))
     todo = left.todo.filter(isin(left.todo["uri"], older["uri"]))
     attempts = dict(zip(todo["source_id"].to_pylist(), todo["attempt"].to_pylist(), strict=True))
     tables = []

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.dataset import Folder, token_dtype
+from pipelines.dataset import token_dtype
+from pipelines.storage import Folder
 
 MAX_ITERATIONS = 50
 

@@ -63,8 +63,8 @@ def run() -> GraphRun:
     )
 
 
-def test_steady_state_is_while_every_worker_of_the_bottleneck_has_work(run: GraphRun) -> None:
-    assert run.steady() == (2.0, 9.0)
+def test_steady_state_is_from_the_first_features_until_a_worker_runs_dry(run: GraphRun) -> None:
+    assert run.steady() == (1.0, 9.0)
 
 
 def test_work_outside_of_the_steady_state_does_not_count_for_it(run: GraphRun) -> None:

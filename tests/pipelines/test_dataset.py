@@ -13,17 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.dataset import (
-    ClipGrid,
-    Dataset,
-    DatasetInfo,
-    Folder,
-    Sample,
-    Sentence,
-    read_members,
-)
+from pipelines.dataset import ClipGrid, Dataset, DatasetInfo, Sample, Sentence, read_members
 from pipelines.rows import ROW_SCHEMA, Row
 from pipelines.sink import build_shard, publish
+from pipelines.storage import Folder
 
 INFO = DatasetInfo(
     clip_grid=ClipGrid(),

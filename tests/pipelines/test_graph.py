@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.dataset import Folder
 from pipelines.graph import Graph, allot_workers
 from pipelines.rows import ROW_SCHEMA
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder
 
 
 @given(cpus=st.integers(1, 512), gpus=st.integers(0, 16), num_sources=st.integers(1, 10_000))

@@ -83,12 +83,16 @@ def decodable_seconds(path: Path, *, found: dict[str, Any]) -> float:
     """
     command = [media.ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-nostdin", "-threads", "1"]
     command += ["-i", f"file:{path}", "-map", f"0:{found['video']['index']}", "-vf", "scale=16:16"]
-    command += ["-map", f"0:{found['audio']['index']}"] if found["audio"] else []
-    command += ["-fps_mode", "passthrough", "-t", f"{LIMITS.max_seconds + GRID.clip_s}", "-f", "framecrc", "-"]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    end = ["-fps_mode", "passthrough", "-t", f"{LIMITS.max_seconds + GRID.clip_s}", "-f", "framecrc", "-"]
+    heard = ["-map", f"0:{found['audio']['index']}"] if found["audio"] else []
+    for sound in (heard, []):  # without it where nothing of it decodes, as in the pipeline
+        done = subprocess.run([*command, *sound, *end], capture_output=True, text=True, timeout=300)
+        listed = done.stdout.splitlines()
+        frames = [[int(field) for field in line.split(",")[1:4]] for line in listed if line.startswith("0,")]
+        if frames:
+            break
     base = next(line.split(": ")[1] for line in listed if line.startswith("#tb 0"))
     tick = int(base.split("/")[0]) / int(base.split("/")[1])
-    frames = [[int(field) for field in line.split(",")[1:4]] for line in listed if line.startswith("0,")]
     return max(pts + length for _, pts, length in frames) * tick
 
 

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.dataset import Folder
 from pipelines.ledger import (
     LEDGER_SCHEMA,
     OUTCOMES,
@@ -28,6 +27,7 @@ from pipelines.ledger import (
     source_outcomes,
     unique_samples,
 )
+from pipelines.storage import Folder
 from tests.pipelines.ledgers import PART_S, LedgerRow, dropped, histories, ledger, listing, part, verdict
 
 

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import vocabulary
-from pipelines.dataset import ClipGrid, Folder, Sample
+from pipelines.dataset import ClipGrid, Sample
 from pipelines.ledger import LEDGER_SCHEMA, read_ledger, source_outcomes, unique_samples
 from pipelines.near_duplicates import near_earlier, verdicts
 from pipelines.rows import ROW_SCHEMA
 from pipelines.sink import publish, write_ledger
+from pipelines.storage import Folder
 
 DIM = 16
 CONFIG = vocabulary.VocabularyConfig(k=8, depth=3)

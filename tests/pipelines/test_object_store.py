@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import pickle
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.dataset import LEDGER_SCHEMA, Folder, content_id
+from pipelines.dataset import LEDGER_SCHEMA
 from pipelines.errors import StageError
 from pipelines.fetch import FetchConfig, local_file, read_bytes
 from pipelines.sources import MISSING, Source, discover, duplicates
+from pipelines.storage import Folder, content_id
 from tests.pipelines.servers import ObjectStore, never, object_store
 
 pytestmark = pytest.mark.integration
@@ -216,3 +218,9 @@ def test_members_of_a_tar_in_the_store_are_sources_and_only_their_bytes_are_read
     assert sum(int(last) - int(start) + 1 for start, last in ranges) < len(BODY) * 20
     store.fails = never
     assert next(iter_file(first.uri, tmp_path, size_bytes=len(BODY) * 40)) == BODY * 40
+
+
+def test_a_folder_in_the_store_travels_to_other_processes(store: ObjectStore) -> None:
+    folder = Folder.at(store.url("/ds"))
+    folder.write("a", b"one")
+    assert pickle.loads(pickle.dumps(folder)).read("a") == b"one"

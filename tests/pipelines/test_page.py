@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipelines import vocabulary
-from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, Dataset, DatasetInfo, Folder, Sample, Sentence
+from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, Dataset, DatasetInfo, Sample, Sentence
 from pipelines.media import ffmpeg_path
 from pipelines.page import (
     Previews,
@@ -32,6 +32,7 @@ from pipelines.page import (
 )
 from pipelines.report import summarise
 from pipelines.sink import build_shard, write_ledger
+from pipelines.storage import Folder
 from tests.pipelines.ledgers import dropped, ledger, listing, part, verdict
 
 GRID = ClipGrid()

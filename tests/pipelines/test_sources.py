@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import fetch
-from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, DatasetInfo, Folder, Sample, content_id
+from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, DatasetInfo, Sample
 from pipelines.sources import MISSING, Source, discover, duplicates
+from pipelines.storage import Folder, content_id
 
 EMPTY = LEDGER_SCHEMA.empty_table()
 

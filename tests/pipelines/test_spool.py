@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.dataset import Folder
 from pipelines.rows import ROW_SCHEMA, to_table
 from pipelines.spool import Spool
+from pipelines.storage import Folder
 
 
 def row(source: str, part: int | None, **known: Any) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 
 from pipelines import stages
-from pipelines.dataset import ClipGrid, Folder
+from pipelines.dataset import ClipGrid
 from pipelines.filters import FiltersConfig
 from pipelines.media import MediaConfig
 from pipelines.rows import ROW_SCHEMA, Row
 from pipelines.sources import discover
 from pipelines.stages import IngestConfig
+from pipelines.storage import Folder
 from pipelines.todo import source_table
 from pipelines.transcribe import Sphinx, TranscribeConfig
 from tests.conftest import ffmpeg

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.dataset import Folder, filesystem_of, local_path, local_uri, sweep_partials
+from pipelines.storage import Folder, filesystem_of, local_path, local_uri, sweep_partials
 
 BODY = bytes(range(256)) * 1000
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import vocabulary
-from pipelines.dataset import Folder
+from pipelines.storage import Folder
 from pipelines.vocabulary import VocabularyConfig, fit, usage
 
 

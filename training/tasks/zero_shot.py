@@ -187,7 +187,7 @@ def step_items(samples: Iterable[Sample], truths: dict[str, dict[str, Any]]) -> 
 
 def tokens_under(sample: Sample, *, start_s: float, end_s: float) -> np.ndarray:
     """[num_clips] the visual tokens whose clip lies at least half within a stretch of the clock."""
-    starts_s = sample.part_start_s + np.arange(len(sample.visual_tokens)) * sample.clip_grid.stride_s
+    starts_s = sample.starts_s
     clip_s = sample.clip_grid.clip_s
     overlap_s = np.minimum(starts_s + clip_s, end_s) - np.maximum(starts_s, start_s)
     return sample.visual_tokens[overlap_s >= MIN_CLIP_OVERLAP * clip_s].astype(np.int64)
