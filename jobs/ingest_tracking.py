@@ -2,8 +2,8 @@
 
 So a model's run and the runs that made its corpus lie in one place, tied by the digest of the dataset. It is written
 after the work, from the ledger's own report, by a client that gives up on a dead server: a run that ingested does not
-fail because nobody took notes. Price: 3 s of CPU to import MLflow, 1.5 s to make the sqlite store of a new dataset, 0.1 s
-to write; a dead server costs 4 s. A run that found nothing new pays nothing: this is not called.
+fail because nobody took notes. Price: 3 s of CPU to import MLflow, 1.5 s to make the sqlite store of a new dataset,
+0.1 s to write; a dead server costs 4 s. A run that found nothing new pays nothing: this is not called.
 """
 
 from __future__ import annotations

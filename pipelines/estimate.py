@@ -417,14 +417,16 @@ def _bill(
 
 
 def _total_video_s(sources: Sequence[Source], looks: Sequence[_Look]) -> float:
-    """By bytes where sizes are listed, by the mean of the sample where not; a duration not stated is one decoded."""
-    known = [(look, look.declared_s or look.video_s) for look in looks if look.declared_s or look.video_s]
-    bytes_known = sum(look.num_bytes for look, _ in known)
-    per_byte = sum(seconds for _, seconds in known) / bytes_known if bytes_known else 0.0
-    mean_s = sum(seconds for _, seconds in known) / len(looks) if looks else 0.0
-    # Sources of the sample without any duration have bytes too: they take their share of the corpus out.
-    usable = bytes_known / sum(look.num_bytes for look in looks) if bytes_known else 1.0
-    return sum(source.size_bytes * per_byte * usable if source.size_bytes else mean_s for source in sources)
+    """By bytes where sizes are listed, by the mean of the sample where not.
+
+    Sources without any video count with 0 s; a duration that is not stated counts as far as it was decoded.
+    """
+    known = [look for look in looks if look.is_run or look.declared_s or look.reason]
+    sample_s = sum(look.declared_s or look.video_s for look in known)
+    sample_bytes = sum(look.num_bytes for look in known)
+    per_byte = sample_s / sample_bytes if sample_bytes else 0.0
+    mean_s = sample_s / len(known) if known else 0.0
+    return sum(source.size_bytes * per_byte if source.size_bytes else mean_s for source in sources)
 
 
 def _stage_bills(run: Sequence[_Look], *, gpus: int) -> tuple[StageBill, ...]:

@@ -40,7 +40,7 @@ class FiltersConfig:
     min_contrast: float = 0.0
     """Least spread of brightness in the pictures, 0 to 255; 0 is off. One colour has 0 or 1, real clips 77 on."""
     near_duplicate: float | None = None
-    """Likeness from which a video counts as a copy of an earlier one, above 0 to 1 (try 0.9); off if not given."""
+    """Likeness from which a video counts as a copy of an earlier one, above 0 to 1 (try 0.97); off if not given."""
 
     def __post_init__(self) -> None:
         if self.min_seconds < 0 or (self.max_seconds is not None and self.max_seconds <= self.min_seconds):

@@ -9,7 +9,6 @@ always fits.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ from pipelines.progress import Crew
 from pipelines.spool import Spool
 from pipelines.stages import IngestConfig
 from pipelines.storage import Folder
-from pipelines.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +36,8 @@ class Workers:
     transcribe_cpus: float
     num_transcode: int
     transcode_cpus: float = 0.15
-    light_cpus: float = 0.05  # tokens, sink
+    num_light: int = 1  # spool, tokens and sink
+    light_cpus: float = 0.05
 
     def crews(self, *, samples_per_shard: int) -> tuple[Crew, ...]:
         """Who shares what, for the live view."""
@@ -46,8 +45,7 @@ class Workers:
             Crew(stages=("fetch", "transcode"), num_workers=self.num_transcode),
             Crew(stages=("transcribe",), num_workers=self.num_transcribe),
             Crew(stages=("features",), num_workers=self.num_features),
-            Crew(stages=("tokens",), num_workers=0),
-            Crew(stages=("commit",), num_workers=0, batch_rows=samples_per_shard),
+            Crew(stages=("tokens", "commit"), num_workers=self.num_light, batch_rows=samples_per_shard),
         )
 
 
@@ -70,9 +68,10 @@ def allot_workers(*, cpus: float, gpus: float, num_sources: int) -> Workers:
         num_transcribe=num_transcribe,
         transcribe_cpus=min(1.0, 0.2 * cpus / num_transcribe),
         num_transcode=max(1, cores // 2),
+        num_light=max(1, cores // 16),
     )
     reserved = num_features * workers.features_cpus + num_transcribe * workers.transcribe_cpus
-    needed = reserved + workers.transcode_cpus + 2 * workers.light_cpus
+    needed = reserved + workers.transcode_cpus + 2 * workers.num_light * workers.light_cpus
     if needed > cpus:
         raise ValueError(
             f"the cluster offers {cpus:g} CPUs and the stages need {needed:.2f} at once: "
@@ -92,12 +91,10 @@ class Graph:
 
     def extracted(self, listing: pa.Table) -> ray.data.Dataset:
         """Sources (rows of ROW_SCHEMA) to rows with features, one per part."""
-        # A worker that is killed while it loads its model is replaced like one that is killed at work.
-        ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = 3
         told = {"config": self.config, "counter": self.counter}
         one = {"batch_size": 1, "batch_format": "pyarrow"}
         return (
-            ray.data.from_arrow(_blocks(listing))
+            stream_of(_blocks(listing))
             .map_batches(
                 stages.decoding(folder=self.folder, **told),
                 num_cpus=self.workers.transcode_cpus,
@@ -123,23 +120,40 @@ class Graph:
 
     def spooled(self, rows: ray.data.Dataset, spool: Spool) -> ray.data.Dataset:
         """Rows with features to the spool; what comes out names them, without payloads."""
-        return rows.map_batches(spool.put, batch_size=1, batch_format="pyarrow", num_cpus=self.workers.light_cpus)
+        return rows.map_batches(spool.put, batch_size=1, **self._light())
 
     def unspooled(self, names: list[str], spool: Spool) -> ray.data.Dataset:
         """The rows of some spooled files."""
-        files = ray.data.from_arrow([pa.table({"name": [name]}) for name in names])
-        return files.map_batches(spool.get, batch_size=1, batch_format="pyarrow", num_cpus=self.workers.light_cpus)
-
-    def committed(
-        self, rows: ray.data.Dataset, *, tree: Vocabulary, info: DatasetInfo, lineage: dict[str, str]
-    ) -> ray.data.Dataset:
-        """Rows with features to ledger rows: tokens, then one shard per batch."""
-        commit = functools.partial(stages.commit, folder=self.folder, info=info, lineage=lineage, counter=self.counter)
-        light = {"num_cpus": self.workers.light_cpus, "batch_format": "pyarrow"}
-        assign = stages.assigning(tree=tree, config=self.config, counter=self.counter)
-        return rows.map_batches(assign, batch_size=1, **light).map_batches(
-            commit, batch_size=self.config.samples_per_shard, **light
+        return stream_of([pa.table({"name": [name]}) for name in names]).map_batches(
+            spool.get, batch_size=1, **self._light()
         )
+
+    def committed(self, rows: ray.data.Dataset, *, info: DatasetInfo, lineage: dict[str, str]) -> ray.data.Dataset:
+        """Rows with features to ledger rows: tokens, then one shard per batch."""
+        told = {"config": self.config, "folder": self.folder, "counter": self.counter, "info": info, "lineage": lineage}
+        return rows.map_batches(
+            stages.Commit,
+            fn_constructor_kwargs=told,
+            batch_size=self.config.samples_per_shard,
+            **self._light() | {"compute": ActorPoolStrategy(size=self.workers.num_light)},
+        )
+
+    def _light(self) -> dict[str, Any]:
+        """Few workers: without a bound Ray starts as many processes as their small shares of a CPU allow."""
+        return {
+            "batch_format": "pyarrow",
+            "num_cpus": self.workers.light_cpus,
+            "compute": TaskPoolStrategy(size=self.workers.num_light),
+        }
+
+
+def stream_of(blocks: list[pa.Table]) -> ray.data.Dataset:
+    rows = ray.data.from_arrow(blocks)
+    # Ray Data holds back what a stage yields until it makes a block; here each part of a video moves on at once.
+    rows.context.target_max_block_size = 1
+    # A worker that is killed while it loads its model is replaced like one that is killed at work.
+    rows.context.max_consecutive_actor_init_deaths = 3
+    return rows
 
 
 def _blocks(listing: pa.Table, *, max_blocks: int = 4096) -> list[pa.Table]:

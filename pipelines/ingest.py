@@ -216,7 +216,9 @@ class _Run:
             num_bytes=pc.sum(listed["size_bytes"]).as_py() or 0,
         )
         graph = Graph(config=self.config, folder=self.folder, workers=workers, counter=counter)
-        with Reporter(counter, say=self.say) as self.reporter:
+        # A stage may be silent as long as its longest child may run.
+        stall_timeout_s = 2 * self.config.media.timeout_s
+        with Reporter(counter, say=self.say, stall_timeout_s=stall_timeout_s) as self.reporter:
             spooled = self.spool.complete(listed)
             if self.info is None:
                 spooled = self._first_vocabulary(graph, listed, spooled)
@@ -269,12 +271,11 @@ class _Run:
         """What is spooled, then the other sources."""
         assert self.info is not None
         began_s = time.perf_counter()
-        tree = vocabulary.load(self.info.vocabulary, self.folder)
         lineage = self._common | {"config_digest": self.config.digest}
         names, rest = pc.unique(spooled["name"]).to_pylist(), _without(listed, spooled)
-        committed = functools.partial(graph.committed, tree=tree, info=self.info, lineage=lineage)
+        committed = functools.partial(graph.committed, info=self.info, lineage=lineage)
         if names:
-            self.reporter.feed("tokens", len(names))
+            self.reporter.feed("tokens", pc.sum(pc.is_null(spooled["status"])).as_py())
             self._pull(committed(graph.unspooled(sorted(names), self.spool)))
         if rest.num_rows:
             self.reporter.feed("fetch", rest.num_rows)

@@ -399,7 +399,8 @@ def remaining(listed: pa.Table, outcomes: pa.Table, *, retry: Sequence[str], max
     `listed` has the columns source_id and uri (each source once) and any others; `outcomes` is `source_outcomes`. Left
     to do are sources that are new or pending; quarantined ones whose reason is in `retry` and that failed fewer than
     `max_attempts` times; filtered ones whose reason is in `retry` (a filter may have been loosened); copies of a source
-    that is not kept any more; and those that were gone and are listed again.
+    that is not kept any more (one that was a near duplicate does not count as such: its copies are, too); and those
+    that were gone and are listed again.
     """
     place = pc.index_in(listed["source_id"].combine_chunks(), value_set=outcomes["source_id"])
     now = outcomes.select(["outcome", "reason", "stage", "attempt", "failures", "video_id"]).take(place)
@@ -410,7 +411,8 @@ def remaining(listed: pa.Table, outcomes: pa.Table, *, retry: Sequence[str], max
     asked = _contains(pa.array(retry, pa.string()), now["reason"])
     exhausted = is_quarantined & asked & (_integers(now["failures"], null=0) >= max_attempts)
     is_copy = is_filtered & _equals(now["reason"], "duplicate")
-    kept_videos = outcomes.filter(pc.equal(outcomes["outcome"], "kept"))["video_id"].drop_null()
+    settled = pc.or_kleene(pc.equal(outcomes["outcome"], "kept"), pc.equal(outcomes["reason"], "near_duplicate"))
+    kept_videos = outcomes.filter(settled)["video_id"].drop_null()
     again = is_quarantined & asked & ~exhausted
     again |= is_filtered & asked & ~is_copy
     again |= is_copy & ~_contains(kept_videos, now["video_id"])

@@ -13,8 +13,8 @@ it (so no chain of likenesses joins what is different). The verdicts are a funct
 order in which they came: a newcomer with an earlier name takes the place of a later one, and a video whose original has
 gone comes back, from its samples and without work. A run that finds the same set writes nothing.
 
-Cost: one read of at most 256 kB a sample (2 ms on a local disk) and one product a pair of videos: 36 s for 30,000 videos
-on one core, growing with the square, so 7 minutes for 100,000. They hold 4 kB a video and 1 kB a part in memory.
+Cost: one read of at most 256 kB a sample (2 ms on a local disk) and one product a pair of videos: 36 s for 30,000 on
+one core, growing with the square, so 7 minutes for 100,000. They hold 4 kB a video and 1 kB a part in memory.
 """
 
 from __future__ import annotations

@@ -287,10 +287,9 @@ class Counter:
             open_before = is_open
 
     def _is_backlog_after(self, index: int) -> bool:
-        return any(
-            self._tallies[crew.stages[0]].waiting > max(crew.num_workers, crew.batch_rows)
-            for crew in self._crews[index + 1 :]
-        )
+        """Whether rows pile up later on. A stage that has not begun is loading, or is not part of this execution."""
+        later = [(crew, self._tallies[crew.stages[0]]) for crew in self._crews[index + 1 :]]
+        return any(t.has_begun and t.waiting > max(crew.num_workers, crew.batch_rows) for crew, t in later)
 
     def _let_go_of_the_dead(self, stage: str) -> None:
         """More rows in hand than places: the oldest row is one whose worker died."""

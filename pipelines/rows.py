@@ -99,7 +99,12 @@ def run_stage(
                 if is_timed:
                     out = {**out, f"{name}_s": time.perf_counter() - began_s}
                 is_well = out["status"] is None
-                told.out(rows=int(is_well), failures=int(not is_well), video_s=row_video_s(out))
+                told.out(
+                    rows=int(is_well),
+                    failures=int(not is_well),
+                    video_s=row_video_s(out),
+                    num_bytes=(row["size_bytes"] or 0) if name == "fetch" else 0,
+                )
                 with told.handed():
                     yield out
 

@@ -274,25 +274,28 @@ class Features:
         yield from self._batch(table)
 
 
-def assigning(
-    *, tree: vocabulary.Vocabulary, config: IngestConfig, counter: Any
-) -> Callable[[pa.Table], Iterator[pa.Table]]:
-    """Visual tokens."""
-    function = functools.partial(assign_tokens, tree=tree, config=config)
-    return on_batches("assign_tokens", [("tokens", function)], counter=counter)
+class Commit:
+    """Actor: holds the visual vocabulary; turns a batch of finished and failed rows into tokens, a shard and its ledger
+    rows, which it returns."""
+
+    def __init__(
+        self, *, config: IngestConfig, folder: Folder, info: DatasetInfo, lineage: dict[str, str], counter: Any
+    ) -> None:
+        tree = vocabulary.load(info.vocabulary, folder)
+        self._assign = functools.partial(assign_tokens, tree=tree, config=config)
+        self._folder, self._info, self._lineage = folder, info, lineage
+        self._tokens_clock, self._commit_clock = StageClock(counter, "tokens"), StageClock(counter, "commit")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = list(run_stage("tokens", self._assign, table.to_pylist(), clock=self._tokens_clock))
+        with self._commit_clock.row(rows=len(rows)) as told:
+            published = publish(rows, folder=self._folder, info=self._info, lineage=self._lineage)
+            told.out(rows=published.num_rows, video_s=sum(map(row_video_s, rows)))
+        return published
 
 
-def commit(
-    table: pa.Table, *, folder: Folder, info: DatasetInfo, lineage: dict[str, str], counter: Any = None
-) -> pa.Table:
-    """Publish a batch of finished and failed rows; returns their ledger rows."""
-    with StageClock(counter, "commit").row(rows=table.num_rows) as told:
-        published = _publish(table.to_pylist(), folder=folder, info=info, lineage=lineage)
-        told.out(rows=published.num_rows, video_s=sum(map(row_video_s, published.to_pylist())))
-    return published
-
-
-def _publish(rows: list[Row], *, folder: Folder, info: DatasetInfo, lineage: dict[str, str]) -> pa.Table:
+def publish(rows: list[Row], *, folder: Folder, info: DatasetInfo, lineage: dict[str, str]) -> pa.Table:
+    """Write finished and failed rows; returns their ledger rows."""
     extractor = {"name": info.extractor, "digest": info.extractor_digest}
     samples = [
         sink.sample_of(

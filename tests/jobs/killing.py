@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.dataset import Dataset
-from pipelines.kitchen import KitchenConfig, make_kitchen
 from pipelines.report import report_of
 from pipelines.scratch import PREFIX
+from tests.conftest import ffmpeg
 
 TARGETS = ("driver", "worker", "raylet", "gcs_server")
 GIVES_UP_AFTER_S = 240.0
@@ -43,17 +43,24 @@ class Round:
 
 
 def make_corpus(folder: Path) -> Path:
-    """Narrated videos of a few seconds, one of them in several parts, a copy, a text that claims to be a video."""
+    """Videos of a few seconds, one of them in several parts, a copy, a text that claims to be a video."""
     videos = folder / "videos"
-    make_kitchen(videos, KitchenConfig(num_videos=3, seed=3))
-    first = sorted(videos.glob("*.mp4"))[0]
-    (videos / "copy.mp4").write_bytes(first.read_bytes())
+    videos.mkdir()
+    captions = folder / "captions.srt"
+    captions.write_text("1\n00:00:00,500 --> 00:00:02,000\nchop the onion\n")
+    for index, seconds in enumerate((24, 8, 7, 6, 5)):
+        picture = f"testsrc2=size=160x120:rate=25:duration={seconds},hue=h={60 * index}"
+        sound = f"sine=frequency={220 * (index + 1)}:duration={seconds}"
+        inputs = ["-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", sound, "-i", str(captions)]
+        encoding = ["-map", "0", "-map", "1", "-map", "2", "-c:a", "aac", "-c:s", "mov_text", "-preset", "ultrafast"]
+        ffmpeg(*inputs, *encoding, str(videos / f"v{index}.mp4"))
+    (videos / "copy.mp4").write_bytes((videos / "v1.mp4").read_bytes())
     (videos / "text.mp4").write_text("no video at all\n" * 100)
     return videos
 
 
 def command(videos: Path, dataset: Path) -> list[str]:
-    settings = ["--features.weights", "random:0", "--features.pixels", "32", "--media.part_seconds", "15"]
+    settings = ["--features.weights", "random:0", "--features.pixels", "32", "--media.part_seconds", "7"]
     settings += ["--vocabulary.k", "3", "--vocabulary.depth", "2", "--transcribe.transcripts", "[captions]"]
     settings += ["--samples_per_shard", "2"]
     return [sys.executable, "-m", "jobs.ingest", str(videos), "--dataset", str(dataset), *settings]

@@ -66,11 +66,11 @@ def video(
     sound: bool = False,
     source: str = BARS,
     codec: tuple[str, ...] = X264,
-    before: tuple[str, ...] = (),
 ) -> None:
     heard = ("-f", "lavfi", "-i", f"sine=frequency=440:duration={seconds}") if sound else ()
     shown = source.format(size=size, fps=fps, seconds=seconds)
-    run(*before, "-f", "lavfi", "-i", shown, *heard, "-threads", "1", *codec, *extra, str(path))
+    plain = ("-threads", "1", "-fflags", "+bitexact")  # no random ids in headers
+    run("-f", "lavfi", "-i", shown, *heard, *plain, *codec, *extra, str(path))
 
 
 Make = Callable[[Path, Targets], None]

@@ -18,7 +18,7 @@ def test_all_stages_fit_at_once_on_any_cluster(cpus: int, gpus: int, num_sources
     """Ray Data would wait for ever, in silence, where they do not."""
     workers = allot_workers(cpus=float(cpus), gpus=float(gpus), num_sources=num_sources)
     pools = workers.num_features * workers.features_cpus + workers.num_transcribe * workers.transcribe_cpus
-    assert pools + workers.transcode_cpus + 2 * workers.light_cpus <= cpus
+    assert pools + workers.transcode_cpus + 2 * workers.num_light * workers.light_cpus <= cpus
     assert max(workers.features_cpus, workers.transcribe_cpus) <= 1  # Ray takes fractions below one CPU only
     assert workers.num_features * workers.features_gpus <= gpus
 

@@ -88,6 +88,7 @@ def test_a_stage_that_stands_still_before_waiting_rows_is_held_back() -> None:
 def test_a_stage_without_input_is_held_back_while_rows_pile_up_behind_it() -> None:
     """With features the bottleneck, more transcripts would help nobody."""
     graph = Graph(num_sources=9)
+    graph.counter.ready("features")
     for _ in range(3):
         graph.work("fetch", 0.0)
         graph.work("transcode", 0.0)
@@ -100,6 +101,18 @@ def test_a_stage_without_input_is_held_back_while_rows_pile_up_behind_it() -> No
     graph.begin("features", "b")
     graph.wait(2.0)  # one row waits: no pile any more
     assert graph.time("transcribe").starved_s == 2.0
+
+
+def test_rows_that_wait_for_another_execution_hold_nobody_back() -> None:
+    """The first run ends at the features, and their rows pile up before a stage that is not there yet."""
+    graph = Graph(num_sources=3)
+    for _ in range(3):
+        for stage in ("fetch", "transcode", "transcribe", "features"):
+            graph.work(stage, 0.0)
+        graph.begin("fetch", "other")  # one more is still to come
+    graph.wait(4.0)
+    assert graph.now()["tokens"].num_waiting == 3
+    assert (graph.time("features").starved_s, graph.time("features").backpressured_s) == (8.0, 0.0)
 
 
 def test_a_finished_part_that_nobody_takes_is_back_pressure_and_not_work() -> None:
