@@ -40,6 +40,7 @@ from types import TracebackType
 from typing import IO, Any
 
 import av
+import ffmpeg
 import imageio_ffmpeg
 import numpy as np
 
@@ -58,6 +59,7 @@ THUMB_PIXELS = 32
 _THUMB_BYTES = THUMB_PIXELS * THUMB_PIXELS * 3
 _CHUNK_S = 1.5  # about as long as the paper's clip: a finer cut costs bits for key frames, a coarser one choice
 _SHORTEST_SHOT_S = 0.6
+_QUIETLY = ("-hide_banner", "-nostdin", "-loglevel", "error")
 _QUIET_S = 0.4  # loudness of a border is that of so many seconds around it
 
 
@@ -301,7 +303,7 @@ def transcode(
     given up with a note, the pictures are kept. What comes out depends on the source's bytes and the settings only.
     Scratch files go to a new folder inside `folder` and are removed; on disk lie, at most, 32 kB a second of sound and
     what ffmpeg is ahead of the caller. If `preview` is given, the whole video lies there as a fast-start MP4 with AAC
-    when the iterator is exhausted.
+    when the iterator is exhausted, unless ffmpeg crashed before it could finish one.
 
     Raises StageError, possibly after parts were yielded, which then do not count: decode_failed, too_short, too_large,
     timeout, limit_exceeded. Raises OSError if the disk is full.
@@ -317,7 +319,7 @@ def transcode(
                 except _SoundFailedError as failure:
                     note = f"sound given up: {failure}"
                     continue
-            if preview is not None:
+            if preview is not None and Path(scratch, "preview.mp4").exists():
                 shutil.move(Path(scratch, "preview.mp4"), preview)
             return
 
@@ -346,7 +348,10 @@ class _Plan:
 
 
 def _command(path: str, found: dict[str, Any], *, plan: _Plan, config: MediaConfig, preview: bool) -> list[str]:
-    """ffmpeg's arguments. It writes into its working directory under names of ours, so that nothing needs escaping."""
+    """ffmpeg's arguments. It writes into its working directory under names of ours, so that nothing needs escaping.
+
+    Written out where they have two filter graphs: ffmpeg-python draws one.
+    """
     rate, pixels, seconds = _rate(plan.grid), PREVIEW_PIXELS, config.max_seconds + plan.grid.clip_s
     # Not fps=start_time=0: ffmpeg builds the filters anew when the picture's size changes midway, and that would fill
     # from 0 again. `-fps_mode cfr` below fills before the first picture, once.
@@ -375,8 +380,8 @@ def _command(path: str, found: dict[str, Any], *, plan: _Plan, config: MediaConf
         slaves = "[f=mp4:movflags=+faststart]preview.mp4|" + slaves
         encoding += ["-map", "[said]", "-c:a", "aac", "-b:a", "48k"] if heard else []
     return [
-        *(ffmpeg_path(), "-hide_banner", "-nostdin", "-loglevel", "error", "-y"),
-        *_source(path, config=config),
+        *(ffmpeg_path(), *_QUIETLY, "-y"),
+        *ffmpeg.get_args(_source(path, config=config).output("-"))[:-1],
         *("-filter_complex", f"[0:{found['video']['index']}]{pictures}[thumbs]", *heard),
         *("-map", "[pictures]", *encoding, *evenly, "-map_metadata", "-1", "-map_chapters", "-1"),
         *("-fflags", "+bitexact", "-f", "tee", slaves),
@@ -390,11 +395,16 @@ def _rate(grid: ClipGrid) -> str:
     return f"{rate.numerator}/{rate.denominator}"
 
 
-def _source(path: str, *, config: MediaConfig) -> list[str]:
-    """Input arguments. `file:` keeps a name from being taken for a protocol."""
-    limits = ["-protocol_whitelist", "file", "-format_whitelist", ",".join(probe_script.SAFE_FORMATS)]
-    limits += ["-max_streams", str(config.max_streams), "-max_pixels", str(config.max_pixels), "-threads", "1"]
-    return [*limits, "-i", f"file:{os.path.abspath(path)}"]
+def _source(path: str, *, config: MediaConfig) -> Any:
+    """ffmpeg-python's input. `file:` keeps a name from being taken for a protocol."""
+    return ffmpeg.input(
+        f"file:{os.path.abspath(path)}",
+        protocol_whitelist="file",
+        format_whitelist=",".join(probe_script.SAFE_FORMATS),
+        max_streams=config.max_streams,
+        max_pixels=config.max_pixels,
+        threads=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -675,8 +685,9 @@ def read_captions(path: str, *, index: int, config: MediaConfig) -> str:
 
     Raises StageError: timeout, limit_exceeded.
     """
-    command = [ffmpeg_path(), "-hide_banner", "-nostdin", "-loglevel", "error", *_source(path, config=config)]
-    status, out, _ = run_limited([*command, "-map", f"0:{index}", "-c", "srt", "-f", "srt", "pipe:1"], config=config)
+    track = ffmpeg.output(_source(path, config=config)[str(index)], "pipe:1", c="srt", f="srt")
+    command = ffmpeg.compile(track.global_args(*_QUIETLY), cmd=ffmpeg_path())
+    status, out, _ = run_limited(command, config=config)
     return out.decode("utf-8", errors="replace") if status == 0 else ""
 
 

@@ -124,7 +124,7 @@ def _publish_preview(parts: Iterator[media.Part], preview: Path | None, name: st
     """Before the last part leaves: once it is in the ledger nobody comes back to write the preview."""
     if next(parts, None) is not None:
         raise AssertionError("a part follows the last one")
-    if preview is not None:
+    if preview is not None and preview.exists():
         folder.upload(name, preview)
 
 
