@@ -185,6 +185,7 @@ class TreeSampler:
         while not self._stopped.is_set():
             self._sample()
             self._stopped.wait(self._every_s)
+        self._sample()
 
     def _sample(self) -> None:
         by_name: dict[str, list[float]] = {}

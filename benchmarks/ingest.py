@@ -120,6 +120,7 @@ def measure_peer(run: Run, outcome: Outcome) -> None:
     videos, checked = _check_equal(run, python, setting)
     video_s = sum(video.seconds for video in videos)
     rates: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_end_to_end": [], "theirs_end_to_end": []}
+    cpu_s: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(run.rounds):
         done = _run_peer(run, python, videos, setting=setting, name=f"peer-{turn}")
         rates["theirs"].append(video_s / done.busy_s)
@@ -128,12 +129,15 @@ def measure_peer(run: Run, outcome: Outcome) -> None:
         whole_s, told = _run_ours(videos, out)
         rates["ours"].append(video_s / told["job_s"])
         rates["ours_end_to_end"].append(video_s / whole_s)
+        cpu_s["theirs"].append(done.spent.cpu_s)
+        cpu_s["ours"].append(told["cpu_s"])
         say(f"video s/s: { ({name: round(found[-1], 2) for name, found in rates.items()}) }")
     middle = {name: statistics.median(found) for name, found in rates.items()}
     outcome.bars["versus_video2dataset"] = Bar(value=middle["ours"] / middle["theirs"], goal=2.0, unit="ratio")
     outcome.details["video2dataset"] = {
         "video_s": round(video_s, 1),
         "video_s_per_s": {name: round(value, 2) for name, value in middle.items()},
+        "cpu_s_per_video_s": {name: round(statistics.median(s) / video_s, 4) for name, s in cpu_s.items()},
         "end_to_end_ratio": round(middle["ours_end_to_end"] / middle["theirs_end_to_end"], 3),
         "its_setting": dataclasses.asdict(setting),
         "settings_tried_video_s_per_s": tried,

@@ -38,7 +38,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 TRACEBACK_VARIABLE = "VIDEOBERT_TRACEBACK"
 
 # What a person can mend by typing or placing something else. Other errors are ours and keep their traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+USER_ERRORS = (ValueError, OSError)
 UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_mb": "MB", "_gb": "GB", "_px": "PIXELS", "_hz": "HZ"}
 FIELD_NAME = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 

@@ -36,7 +36,7 @@ BAR_CELLS = 16
 T = TypeVar("T")
 
 
-class Stalled(RuntimeError):
+class Stalled(TimeoutError):
     """A run that can never end was ended."""
 
 

@@ -108,7 +108,7 @@ def transcode(row: Row, *, config: IngestConfig, folder: Folder) -> Iterator[Row
                 "audio": part.sound.astype("<i2").tobytes(),
                 "clip_frames": _clip_frames(part, grid),
                 "captions": _within(captions, begin_s, None if part.is_last else end_s, by_s=found["start_s"]),
-                "language": language or row["language"],
+                "language": language if filters.primary_language(language) else row["language"],
             }
             if part.is_last:
                 _publish_preview(parts, preview, f"media/{row['video_id']}.mp4", folder)
