@@ -97,16 +97,18 @@ def choose(target: str, family: dict[int, str], driver: int, rng: random.Random)
     if target == "driver":
         return driver
     if target == "worker":
-        found = [pid for pid, title in family.items() if title.startswith("ray::")]
+        found = [pid for pid, title in family.items() if title.startswith("ray::") and "Agent" not in title]
     else:
         found = [pid for pid, title in family.items() if Path(title.split(" ")[0]).name == target]
     return rng.choice(sorted(found)) if found else None
 
 
-def disturbed(arguments: list[str], *, target: str, after_s: float, rng: random.Random, log: Path) -> dict[str, object]:
+def disturbed(
+    arguments: list[str], *, target: str, after_s: float, rng: random.Random, log: Path, env: dict[str, str]
+) -> dict[str, object]:
     """Run the command and kill once."""
     with open(log, "ab") as output:
-        driver = subprocess.Popen(arguments, stdout=output, stderr=output, start_new_session=True, env=environment())
+        driver = subprocess.Popen(arguments, stdout=output, stderr=output, start_new_session=True, env=env)
     time.sleep(after_s)
     chosen, family = None, {}
     while driver.poll() is None and chosen is None:
@@ -158,8 +160,15 @@ def is_running(pid: int, title: str) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z" and same_kind
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def environment(videos: Path) -> dict[str, str]:
+    """Scratch folders beside the corpus, to be counted; Ray's own where they are, for its sockets need short names."""
+    place = scratch_place(videos)
+    place.mkdir(exist_ok=True)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(place), "RAY_TMPDIR": tempfile.gettempdir()}
+
+
+def scratch_place(videos: Path) -> Path:
+    return videos.with_name("scratch")
 
 
 def faults(dataset: Path, reference: dict[str, str], scratch: Path) -> list[str]:
@@ -191,7 +200,8 @@ def one_round(number: int, *, videos: Path, work: Path, reference: dict[str, str
     target, after_s = TARGETS[number % len(TARGETS)], round(rng.uniform(0.5, usual_s), 2)
     dataset, log = work / f"round-{number:03d}", work / f"round-{number:03d}.log"
     arguments = command(videos, dataset)
-    end = disturbed(arguments, target=target, after_s=after_s, rng=rng, log=log)
+    env = environment(videos)
+    end = disturbed(arguments, target=target, after_s=after_s, rng=rng, log=log, env=env)
     wrong = [f"outlived the run: {end['left']}"] if end["left"] else []
     if end["returncode"] is None:
         wrong.append(f"hung for {GIVES_UP_AFTER_S:g} s")
@@ -199,9 +209,11 @@ def one_round(number: int, *, videos: Path, work: Path, reference: dict[str, str
     while returncode != 0 and reruns < 3:
         reruns += 1
         with open(log, "ab") as output:
-            done = subprocess.run(arguments, stdout=output, stderr=output, env=environment(), timeout=600)
+            done = subprocess.run(arguments, stdout=output, stderr=output, env=env, timeout=600)
         returncode = done.returncode
-    wrong += [f"no success after {reruns} reruns"] if returncode != 0 else faults(dataset, reference, scratch_place())
+    wrong += (
+        [f"no success after {reruns} reruns"] if returncode != 0 else faults(dataset, reference, scratch_place(videos))
+    )
     return Round(
         number=number,
         target=target,
@@ -214,15 +226,11 @@ def one_round(number: int, *, videos: Path, work: Path, reference: dict[str, str
     )
 
 
-def scratch_place() -> Path:
-    return Path(tempfile.gettempdir())
-
-
 def run(*, rounds: range, seed: int, work: Path) -> list[Round]:
     """Ingest once undisturbed, then in rounds."""
     videos = make_corpus(work)
     began_s = time.monotonic()
-    subprocess.run(command(videos, work / "reference"), check=True, env=environment(), timeout=600)
+    subprocess.run(command(videos, work / "reference"), check=True, env=environment(videos), timeout=600)
     usual_s = time.monotonic() - began_s
     reference = contents(work / "reference")
     print(f"undisturbed: {usual_s:.1f} s, {len(reference)} samples", flush=True)
