@@ -24,6 +24,7 @@ from typing import Any
 
 PACKAGES = ("ray", "torch", "pyarrow", "webdataset", "av", "numpy", "pocketsphinx", "imageio-ffmpeg", "videobert")
 RAY_PREFIX = "ray::"
+IDLE_WORKER = "other Ray workers"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -167,6 +168,8 @@ class TreeSampler:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._cpu_s: dict[int, float] = {}
+        self._names: dict[int, str] = {}
+        self._driver_began_s = sum(os.times()[:4])
         self.moments: list[Moment] = []
         self.peak_mb: dict[str, float] = {}  # of the largest single process of a name
         self.peak_count: dict[str, int] = {}
@@ -195,6 +198,8 @@ class TreeSampler:
             by_name.setdefault(process.name, []).append(process.own_mb)
             if process.parent not in workers:  # a worker's children are counted with it once it has reaped them
                 self._cpu_s[process.pid] = process.cpu_s
+                if process.name != IDLE_WORKER or process.pid not in self._names:
+                    self._names[process.pid] = process.name
         for name, sizes in by_name.items():
             self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), *sizes)
             self.peak_count[name] = max(self.peak_count.get(name, 0), len(sizes))
@@ -211,14 +216,24 @@ class TreeSampler:
             )
         )
 
-    def elsewhere_s(self, begin_s: float, end_s: float) -> float:
-        """CPU seconds of the machine that went to others between two epoch seconds, as far as it was looked at."""
+    def between(self, begin_s: float, end_s: float) -> dict[str, float]:
+        """Where the cores' seconds went between two epoch seconds: here, to others, to nobody."""
         inside = [moment for moment in self.moments if begin_s <= moment.at_s <= end_s]
         if len(inside) < 2:
-            return 0.0
+            return {"own": 0.0, "others": 0.0, "idle": 0.0}
         first, last = inside[0], inside[-1]
-        own_s = last.own_s - first.own_s
-        return max(0.0, last.machine_s - first.machine_s - own_s) + last.steal_s - first.steal_s
+        own_s, steal_s = last.own_s - first.own_s, last.steal_s - first.steal_s
+        others_s = max(0.0, last.machine_s - first.machine_s - own_s) + steal_s
+        idle_s = (last.at_s - first.at_s) * num_cores() - own_s - others_s
+        return {"own": round(own_s, 1), "others": round(others_s, 1), "idle": round(max(0.0, idle_s), 1)}
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds by name of process, its ended children with it; a Ray worker has the name that it had last."""
+        by_name: dict[str, float] = {}
+        for pid, spent_s in self._cpu_s.items():
+            own_s = spent_s - (self._driver_began_s if pid == os.getpid() else 0.0)
+            by_name[self._names[pid]] = by_name.get(self._names[pid], 0.0) + own_s
+        return {name: round(spent_s, 1) for name, spent_s in sorted(by_name.items()) if spent_s >= 0.05}
 
     def to_dict(self) -> dict[str, Any]:
         """Megabytes that are a process's own: the object store and other shared files count once, elsewhere."""
@@ -271,7 +286,7 @@ def tree(root: int) -> Iterator[Process]:
 def _name(line: str) -> str:
     """How people call a process: Ray's workers write the stage that they run into their command line."""
     if line.startswith(RAY_PREFIX):
-        return " + ".join(re.findall(r"MapBatches\((\w+)\)", line)) or "other Ray workers"
+        return " + ".join(re.findall(r"MapBatches\((\w+)\)", line)) or IDLE_WORKER
     first = os.path.basename(line.split(" ")[0])
     return next((name for name in ("raylet", "gcs_server", "ffmpeg", "python") if first.startswith(name)), "other")
 

@@ -301,7 +301,7 @@ def measure_efficiency(run: Run, outcome: Outcome) -> None:
     shares = {tool: found.share_within(stage, begin_s, end_s) for tool, stage in stages.items()}
     useful_s = sum(bare_s[tool] * shares[tool] for tool in bare_s)
     steady_s, whole_s = end_s - begin_s, sum(bare_s.values())
-    elsewhere_s = memory.elsewhere_s(begin_s, end_s)
+    cores_s = memory.between(begin_s, end_s)
     outcome.bars["pipeline_efficiency"] = Bar(value=useful_s / (steady_s * num_cores()), goal=0.9, unit="ratio")
     outcome.details["efficiency"] = {
         "videos_kept": found.num_kept,
@@ -313,8 +313,9 @@ def measure_efficiency(run: Run, outcome: Outcome) -> None:
         "bare_cpu_s": [{tool: round(value, 1) for tool, value in one.items()} for one in rounds],
         "share_of_it_in_steady_state": {tool: round(value, 3) for tool, value in shares.items()},
         "whole_run_efficiency": round(whole_s / (found.wall_s * num_cores()), 3),
-        "cpu_s_of_others_in_steady_state": round(elsewhere_s, 1),
-        "of_the_time_that_others_left": round(useful_s / (steady_s * num_cores() - elsewhere_s), 3),
+        "cores_s_in_steady_state": cores_s,
+        "of_the_time_that_others_left": round(useful_s / (steady_s * num_cores() - cores_s["others"]), 3),
+        "cpu_s_of_the_whole_run_by_process": memory.cpu_s(),
         "video_s_per_s": round(sum(video.seconds for video in run.videos) / found.wall_s, 2),
     }
     outcome.details["memory"] = memory.to_dict() | {"bounded_by": MEMORY_BOUNDS}
