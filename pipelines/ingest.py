@@ -6,6 +6,7 @@ of a sample of the sources to the spool, fits the vocabulary, and goes on with t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -218,13 +219,17 @@ class _Run:
         graph = Graph(config=self.config, folder=self.folder, workers=workers, counter=counter)
         # A stage may be silent as long as its longest child may run.
         stall_timeout_s = 2 * self.config.media.timeout_s
-        with Reporter(counter, say=self.say, stall_timeout_s=stall_timeout_s) as self.reporter:
-            spooled = self.spool.complete(listed)
-            if self.info is None:
-                spooled = self._first_vocabulary(graph, listed, spooled)
-            if self.info is not None:
-                self._commit(graph, listed, spooled)
-        self.stage_times = self.reporter.stage_times
+        try:
+            with Reporter(counter, say=self.say, stall_timeout_s=stall_timeout_s) as self.reporter:
+                spooled = self.spool.complete(listed)
+                if self.info is None:
+                    spooled = self._first_vocabulary(graph, listed, spooled)
+                if self.info is not None:
+                    self._commit(graph, listed, spooled)
+            self.stage_times = self.reporter.stage_times
+        finally:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                ray.kill(counter)  # workers hold handles to it, and they may live as long as the cluster
 
     def _first_vocabulary(self, graph: Graph, listed: pa.Table, spooled: pa.Table) -> pa.Table:
         """Extract a sample of the sources to the spool, fit the vocabulary on it, write dataset.json and set

@@ -16,7 +16,7 @@ def test_fifty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     assert [(r.number, r.faults) for r in rounds if r.faults] == []
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_killed_driver_and_a_killed_worker_change_nothing(tmp_path: Path) -> None:
     rounds = killing.run(rounds=range(2), seed=7, work=tmp_path)
     assert [r.target for r in rounds] == ["driver", "worker"]
