@@ -39,12 +39,12 @@ def connected() -> Iterator[None]:
     try:
         yield
     finally:
-        family = _descendants(os.getpid()) if not os.environ.get("RAY_ADDRESS") else {}
+        family = descendants(os.getpid()) if not os.environ.get("RAY_ADDRESS") else {}
         ray.shutdown()
         _end({pid: title for pid, title in family.items() if "ray::" in title or "/ray/" in title})
 
 
-def _descendants(pid: int) -> dict[int, str]:
+def descendants(pid: int) -> dict[int, str]:
     """The processes below one: pid -> command line; empty where there is no /proc."""
     parents, titles = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -13,7 +13,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pipelines.dataset import Dataset
@@ -126,11 +125,12 @@ def _write(
     metrics: Mapping[str, float],
     files: Mapping[str, Any],
 ) -> str:
-
     from mlflow.entities import Metric, Param
 
     api = tracking.client(uri)
-    mlflow_id = str(api.create_run(_experiment(api, uri), run_name=name, tags=dict(tags)).info.run_id)
+    mlflow_id = str(
+        api.create_run(tracking.experiment(api, uri, EXPERIMENT), run_name=name, tags=dict(tags)).info.run_id
+    )
     now_ms = int(time.time() * 1000)
     points = [Metric(key, value, now_ms, 0) for key, value in sorted(metrics.items())]
     entries = [Param(key, str(value)[: tracking.MAX_VALUE_CHARS]) for key, value in sorted(params.items())]
@@ -142,12 +142,3 @@ def _write(
         api.log_text(mlflow_id, json.dumps(content, indent=1, sort_keys=True, default=str) + "\n", file)
     api.set_terminated(mlflow_id, status="FINISHED")
     return mlflow_id
-
-
-def _experiment(api: Any, uri: str) -> str:
-    found = api.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return str(found.experiment_id)
-    path = uri.removeprefix("sqlite:///")
-    artifacts = (Path(path).resolve().parent / "artifacts").as_uri() if path != uri else None
-    return str(api.create_experiment(EXPERIMENT, artifact_location=artifacts))

@@ -69,7 +69,7 @@ def start_run(
     if run_id is not None and any(run.info.run_id == run_id for run in _runs_named(api, name)):
         api.update_run(run_id, status="RUNNING")
         return run_id
-    run = api.create_run(_experiment(api, uri), run_name=name, tags=dict(tags))
+    run = api.create_run(experiment(api, uri, EXPERIMENT), run_name=name, tags=dict(tags))
     new_id = str(run.info.run_id)
     entries = [Param(key, str(value)[:MAX_VALUE_CHARS]) for key, value in params.items()]
     for first in range(0, len(entries), MAX_PARAMS_PER_BATCH):
@@ -180,13 +180,14 @@ class MetricLogger:
         self._failing = True
 
 
-def _experiment(api: MlflowClient, uri: str) -> str:
-    found = api.get_experiment_by_name(EXPERIMENT)
+def experiment(api: MlflowClient, uri: str, name: str) -> str:
+    """The id of an experiment, which is made where it is not there; a local store keeps its artifacts beside itself."""
+    found = api.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     path = uri.removeprefix("sqlite:///")
     artifacts = (Path(path).resolve().parent / "artifacts").as_uri() if path != uri else None
-    return str(api.create_experiment(EXPERIMENT, artifact_location=artifacts))
+    return str(api.create_experiment(name, artifact_location=artifacts))
 
 
 def _runs_named(api: MlflowClient, name: str) -> list[Any]:

@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jobs.cluster import descendants
 from pipelines.dataset import Dataset
 from pipelines.report import report_of
 from pipelines.scratch import PREFIX
@@ -74,24 +75,6 @@ def contents(dataset: Path) -> dict[str, str]:
     }
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """The process and all below it: pid -> title."""
-    parents, titles = {}, {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path("/proc", entry, "stat").read_text()
-                title = Path("/proc", entry, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # ended meanwhile
-                continue
-            parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
-            titles[int(entry)] = title.strip()
-    found, fresh = {pid}, {pid}
-    while fresh := {child for child, parent in parents.items() if parent in fresh} - found:
-        found |= fresh
-    return {pid: titles[pid] for pid in found if pid in titles}
-
-
 def choose(target: str, family: dict[int, str], driver: int, rng: random.Random) -> int | None:
     """The process to hit; None if there is none of the kind yet."""
     if target == "driver":
@@ -110,9 +93,10 @@ def disturbed(
     with open(log, "ab") as output:
         driver = subprocess.Popen(arguments, stdout=output, stderr=output, start_new_session=True, env=env)
     time.sleep(after_s)
-    chosen, family = None, {}
+    own = {driver.pid: " ".join(arguments)}
+    chosen, family = None, own
     while driver.poll() is None and chosen is None:
-        family = descendants(driver.pid)
+        family = own | descendants(driver.pid)
         chosen = choose(target, family, driver.pid, rng)
         time.sleep(0.05)
     if chosen is not None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import email.utils
-import io
 import os
-import tarfile
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import pytest
 
 from pipelines.errors import StageError
 from pipelines.fetch import FetchConfig, leads_inside, local_file, read_bytes
+from tests.conftest import make_tar
 from tests.pipelines.servers import Page, Web, web_server
 
 BODY = bytes(range(256)) * 1000
@@ -77,15 +76,6 @@ def test_what_is_no_file_fails_and_is_not_waited_for(tmp_path: Path, kind: str) 
 def test_a_file_above_the_limit_is_too_large(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(BODY)
     assert refusal(str(tmp_path / "a.mp4"), tmp_path, max_bytes=100)[0] == "too_large"
-
-
-def make_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_a_member_of_a_tar_is_read_where_it_lies(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipelines import fetch
 from pipelines.dataset import LEDGER_SCHEMA, ClipGrid, DatasetInfo, Sample
 from pipelines.sources import MISSING, Source, discover, duplicates
 from pipelines.storage import Folder, content_id
+from tests.conftest import make_tar
 
 EMPTY = LEDGER_SCHEMA.empty_table()
 
@@ -303,15 +304,6 @@ def test_rows_on_the_web_have_the_version_that_the_list_gives_them(tmp_path: Pat
 def test_a_malformed_list_is_one_sentence(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         discover([str(put(tmp_path, name, data))])
-
-
-def make_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_media_in_a_tar_are_sources_with_what_lies_beside_them(tmp_path: Path) -> None:
