@@ -54,12 +54,12 @@ class Transcoding:
 
 def transcodings(videos: Sequence[Video], *, config: IngestConfig, folder: Path) -> list[Transcoding]:
     """The stage's own ffmpeg command for each video, each with a folder of its own."""
-    plan = media._Plan.of(config.clip_grid, config.media)
     made = []
     for index, video in enumerate(videos):
         found = media.probe(video.path, config=config.media)
-        keep = config.media.keep_previews
-        command = media._command(video.path, found, plan=plan, config=config.media, preview=keep)
+        command = media.transcode_command(
+            video.path, found=found, grid=config.clip_grid, config=config.media, preview=config.media.keep_previews
+        )
         made.append(Transcoding(video=video, found=found, command=command, folder=folder / f"{index:04d}"))
     return made
 
@@ -116,8 +116,8 @@ def two_passes_cpu_s(jobs: Sequence[Transcoding]) -> float:
         index = job.found["video"]["index"]
         whole, small = pictures.split(",split[pictures][small];[small]")
         sound = ["-map", f"0:{job.found['audio']['index']}"] if job.found["audio"] else []
-        encoding = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "18", "-threads:v", "1"]
-        kept = [*sound, "-ac", "1", "-c:a", "aac", "-b:a", "48k"] if sound else []
+        encoding = [*media.PREVIEW_ENCODING, "-threads:v", "1"]
+        kept = [*sound, "-ac", "1", *media.SOUND_ENCODING] if sound else []
         output = ["-f", "mp4", "-movflags", "+faststart", str(job.folder / "two.mp4")]
         first.append(_quiet("-i", job.video.path, "-map", f"0:{index}", "-vf", whole, *encoding, *kept, *output))
         thumbs = re.sub(r"\[thumbs\]$", "", small)

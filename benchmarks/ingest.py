@@ -243,9 +243,8 @@ def _psnr(video: Video, made: bytes, *, ours_way: bool) -> float:
     pixels = media.PREVIEW_PIXELS
     scale, stream = f"scale=-2:{pixels},crop={pixels}:{pixels}", "v:0"
     if ours_way:
-        scale = f"scale={pixels}:{pixels}:force_original_aspect_ratio=increase:flags=bicubic,crop={pixels}:{pixels}"
-        scale = f"scale=w='if(gt(sar,0),iw*sar,iw)':h=ih,{scale}"
-        stream = str(media.probe(video.path, config=media.MediaConfig())["video"]["index"])
+        found = media.probe(video.path, config=media.MediaConfig())
+        scale, stream = media.scaling(found), str(found["video"]["index"])
     graph = f"[0:{stream}]fps=20,{scale},setsar=1,format=yuv420p[a];[1:v:0]fps=20,setsar=1,format=yuv420p[b];[b][a]psnr"
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         file.write(made)
@@ -254,8 +253,8 @@ def _psnr(video: Video, made: bytes, *, ours_way: bool) -> float:
         done = subprocess.run(
             [*command, "-lavfi", graph, "-f", "null", "-"], capture_output=True, text=True, timeout=600
         )
-    found = re.search(r"average:([\d.]+)", done.stderr)
-    return round(float(found.group(1)), 2) if found else 0.0
+    told = re.search(r"average:([\d.]+)", done.stderr)
+    return round(float(told.group(1)), 2) if told else 0.0
 
 
 def measure_transcode(run: Run, outcome: Outcome) -> None:
