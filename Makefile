@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT := demo-data
+# Two processes, each with whole files, because files share what is slow to set up (Ray, a trained model).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test unit lint slow clean
 
@@ -13,10 +15,10 @@ demo: $(STAMP)  ## the whole path on a small generated corpus; ends with a repor
 	$(BIN)/videobert demo --out $(OUT)
 
 test: $(STAMP)  ## every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 unit: $(STAMP)  ## the tests that start no Ray and no network: about a minute
-	$(BIN)/python -m pytest -m "not slow and not integration"
+	$(PYTEST) -m "not slow and not integration"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -60,6 +60,7 @@ def preview_job(videos: Sequence[Video], *, config: IngestConfig, out: Path, per
         batch_size=per_shard,
         batch_format="pyarrow",
         num_cpus=0.05,
+        compute=TaskPoolStrategy(size=1),  # without a bound Ray starts as many processes as the share allows
     )
     num = sum(batch.num_rows for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"))
     if num != len(videos):

@@ -15,10 +15,10 @@ import ray
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(*, num_cpus: int | None = None) -> Iterator[None]:
     """Ray is up inside the block. A cluster that the block started ends with it; one that was there stays.
 
-    A local one listens on loopback only and starts no dashboard.
+    A local one listens on loopback only, starts no dashboard, and has `num_cpus`, else a CPU for every core.
     """
     if ray.is_initialized():
         yield
@@ -28,8 +28,11 @@ def connected() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
+        # It says at every start that its token authentication is on, which is what we want.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             address="local",
+            num_cpus=num_cpus,
             include_dashboard=False,
             logging_level=logging.WARNING,
             log_to_driver=False,

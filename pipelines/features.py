@@ -47,14 +47,19 @@ class FeaturesConfig:
 
 def load_extractor(config: FeaturesConfig) -> S3DExtractor:
     """The extractor that the configuration names. Raises ValueError where no weights are named."""
+    weights = _named(config)
+    from pipelines.s3d import load_s3d  # torch takes seconds; a command's --help should not
+
+    return load_s3d(weights=weights, batch_size=config.batch_clips)
+
+
+def _named(config: FeaturesConfig) -> str:
     if not config.weights:
         raise ValueError(
             "no S3D weights named: give --features.weights PATH (torchvision's s3d-d76dad2f.pth), a URL#sha256=DIGEST, "
             "or random:0 to try the pipeline with an untrained network."
         )
-    from pipelines.s3d import load_s3d  # torch takes seconds; a command's --help should not
-
-    return load_s3d(weights=config.weights, batch_size=config.batch_clips)
+    return config.weights
 
 
 def extract(
@@ -88,6 +93,12 @@ def _batches(clips: Iterator[np.ndarray], *, size: int) -> Iterator[list[np.ndar
 
 @functools.cache
 def identity(config: FeaturesConfig) -> tuple[str, str, int]:
-    """Name, digest and width of the features: equal if and only if features may be mixed."""
-    extractor = load_extractor(config)
-    return f"{extractor.name}-{config.pixels}px", extractor.digest, extractor.dim
+    """Name, digest and width of the features: equal if and only if features may be mixed.
+
+    Raises ValueError where no weights are named, and what `load_extractor` raises for those that are.
+    """
+    weights = _named(config)
+    from pipelines.s3d import FEATURE_DIM, identify
+
+    name, digest = identify(weights)
+    return f"{name}-{config.pixels}px", digest, FEATURE_DIM

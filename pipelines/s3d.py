@@ -222,10 +222,7 @@ def load_s3d(
 def load_weights(weights: str, *, cache_dir: Path | None = None) -> tuple[S3D, str, str]:
     """(float32 network in eval mode, its name, sha256 of its parameters) for a weights spec; see `load_s3d`."""
     if weights.startswith("random:"):
-        seed = _random_seed(weights)
-        # Not a hash of the floats: measured statistics may differ in their last bits from one CPU to the next.
-        digest = hashlib.sha256(f"{_RANDOM_RECIPE}:{seed}".encode()).hexdigest()
-        return random_s3d(seed=seed), f"s3d-random-{seed}", digest
+        return random_s3d(seed=_random_seed(weights)), *identify(weights)
     state = _read_state(_weights_file(weights, cache_dir=cache_dir))
     model = S3D(num_classes=_num_classes(state, weights=weights)).eval()
     expected = model.state_dict()
@@ -237,6 +234,15 @@ def load_weights(weights: str, *, cache_dir: Path | None = None) -> tuple[S3D, s
         )
     model.load_state_dict(state)
     return model, f"s3d-{KINETICS400.name}", state_digest(model.state_dict())
+
+
+def identify(weights: str, *, cache_dir: Path | None = None) -> tuple[str, str]:
+    """Name and digest as `load_weights` gives them; a random network, which takes seconds to make, is not made."""
+    if not weights.startswith("random:"):
+        return load_weights(weights, cache_dir=cache_dir)[1:]
+    seed = _random_seed(weights)
+    # Not a hash of the floats: measured statistics may differ in their last bits from one CPU to the next.
+    return f"s3d-random-{seed}", hashlib.sha256(f"{_RANDOM_RECIPE}:{seed}".encode()).hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

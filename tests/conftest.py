@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Before torch and numpy are imported: two threads on small tensors spin more than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray lets its workers yield to other processes; beside another process of tests they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
 import pytest
@@ -20,6 +22,21 @@ from pipelines.media import ffmpeg_path
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 MakeVideo = Callable[..., Path]
+
+# First, so that no process is left with a long one at the end.
+LONGEST_FILES = ("test_ray_worker.py", "test_ingest.py", "test_demo.py", "test_hostile.py", "test_ray_job.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then the others with integration tests, then those of milliseconds."""
+    slow_files = {item.path for item in items if item.get_closest_marker("integration")}
+
+    def rank(item: pytest.Item) -> int:
+        if item.path.name in LONGEST_FILES and item.path in slow_files:
+            return LONGEST_FILES.index(item.path.name)
+        return len(LONGEST_FILES) + (item.path not in slow_files)
+
+    items.sort(key=rank)
 
 
 def ffmpeg(*args: str) -> None:
@@ -84,10 +101,10 @@ def shared_media() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that need it."""
+    """One local Ray for all tests that need it; of one CPU, because two processes run tests."""
     from jobs.cluster import connected
 
-    with connected():
+    with connected(num_cpus=1):
         yield
 
 

@@ -66,6 +66,7 @@ def test_an_unknown_reason_to_retry_lists_the_known(capsys: pytest.CaptureFixtur
     assert "timeout" in line
 
 
+@pytest.mark.integration
 def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("x")
     assert door.main([str(tmp_path / "a.mp4"), "--dataset", str(tmp_path / "d"), "--dry-run", *RANDOM]) == 0

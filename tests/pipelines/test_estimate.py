@@ -139,6 +139,7 @@ def test_the_bill_is_json(make_video: MakeVideo) -> None:
     assert [stage["stage"] for stage in told["stages"]] == ["fetch", "transcode", "transcribe", "features"]
 
 
+@pytest.mark.integration
 def test_the_bill_of_no_sources_is_empty() -> None:
     bill: Bill = estimate.estimate([], config=CONFIG)
     assert (bill.num_sampled, bill.video_hours, bill.wall_hours, bill.drops) == (0, 0.0, 0.0, ())

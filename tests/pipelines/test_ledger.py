@@ -164,7 +164,7 @@ def test_a_duration_that_any_attempt_learned_is_kept() -> None:
     assert (found["quarantined_s"], found["declared_s"], found["decoded_s"]) == (60.0, 60.0, None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=histories())
 def test_every_source_and_every_second_ends_in_one_place(rows: list[LedgerRow]) -> None:
     table = source_outcomes(ledger(*rows)).to_pylist()
@@ -180,7 +180,7 @@ def test_every_source_and_every_second_ends_in_one_place(rows: list[LedgerRow]) 
             assert row["kept_s"] == row["missing_s"] == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows=histories(), seed=st.integers(0, 1000))
 def test_neither_order_nor_copies_of_rows_matter(rows: list[LedgerRow], seed: int) -> None:
     once, again = ledger(*rows), shuffled_with_copies(rows, seed)
@@ -188,7 +188,7 @@ def test_neither_order_nor_copies_of_rows_matter(rows: list[LedgerRow], seed: in
         assert judge(again).equals(judge(once))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows=histories())
 def test_samples_are_the_kept_parts_of_kept_sources(rows: list[LedgerRow]) -> None:
     table = ledger(*rows)
@@ -206,7 +206,7 @@ def test_samples_are_the_kept_parts_of_kept_sources(rows: list[LedgerRow]) -> No
         assert indices == list(range(len(indices)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows=histories(), source=st.integers(0, 7))
 def test_a_later_attempt_replaces_what_was(rows: list[LedgerRow], source: int) -> None:
     name = f"s{source}"
@@ -270,7 +270,7 @@ def test_a_file_that_is_gone_is_unlisted_until_it_is_marked_and_new_again_when_i
     assert todo(listed("a", "b"), *rows) == {"a": 3}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows=histories(), new=st.integers(0, 3), max_attempts=st.integers(1, 4))
 def test_once_everything_left_is_done_nothing_is_left(rows: list[LedgerRow], new: int, max_attempts: int) -> None:
     names = sorted({row["source_id"] for row in rows}) + [f"n{index}" for index in range(new)]

@@ -376,6 +376,7 @@ def test_a_child_sees_no_network() -> None:
     assert out.splitlines()[2].split()[1] == b"0"  # its own loopback, on which nothing was ever received
 
 
+@pytest.mark.integration
 def test_undecodable_sound_is_given_up_and_the_pictures_kept(shared_media: Path) -> None:
     made = transcoded(shared_media / "broken" / "failing_audio.mp4")
     assert GRID.num_clips(made.num_frames) == 7
@@ -411,6 +412,7 @@ def test_limits_are_also_held_midway(make_video: MakeVideo, tmp_path: Path) -> N
     assert reason_of(two, config=MediaConfig(max_streams=1)) == "too_large"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "scenes"), [("dj1.mp4", 3), ("dj2.mp4", 1), ("dj3.mp4", 2)])
 def test_scenes_are_counted_as_pyscenedetect_counts_them(shared_media: Path, name: str, scenes: int) -> None:
     assert 1 + len(transcoded(shared_media / name).shots) == scenes

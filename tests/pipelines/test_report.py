@@ -127,7 +127,7 @@ def test_a_missing_shard_of_an_attempt_that_does_not_count_is_no_problem() -> No
     assert summarise(ledger(*rows), shards={"a.tar": 100}).balanced
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=histories(), seed=st.integers(0, 1000))
 def test_the_report_adds_up_for_any_history_in_any_order_with_any_copies(rows: list[LedgerRow], seed: int) -> None:
     once = summarise(ledger(*rows))

@@ -64,6 +64,7 @@ def test_a_famous_sentence_muxed_onto_a_clip_is_heard_by_half_at_least(
     assert (done["asr_name"], done["language"]) == ("sphinx", "en")
 
 
+@pytest.mark.integration
 def test_a_video_with_a_caption_track_needs_no_recogniser(shared_media: Path, tmp_path: Path) -> None:
     (row,) = parts_of(shared_media / "nasa_subtitles.mp4", tmp_path / "d")
     done = heard(row)
