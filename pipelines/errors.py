@@ -42,6 +42,9 @@ REASONS: dict[str, Reason] = {
     "limit_exceeded": Reason("quarantined", "a child process ran into its limit of memory, CPU time or output bytes"),
     "transcribe_failed": Reason("quarantined", "speech recognition failed"),
     "features_failed": Reason("quarantined", "feature extraction failed"),
+    "worker_lost": Reason(
+        "quarantined", "every worker that took it was killed, by a crash in a library or for want of memory; then retry"
+    ),
     "stage_failed": Reason("quarantined", "an error that no stage foresaw; the detail names it, please report it"),
 }
 

@@ -26,10 +26,20 @@ from typing import Any, TextIO, TypeVar
 
 import ray
 
-from pipelines.progress import FEW_ROWS, RECENT_S, Counter, Crew, Progress, StageNow, StageTimes, shares, table
+from pipelines.progress import (
+    ANSWER_S,
+    FEW_ROWS,
+    RECENT_S,
+    Counter,
+    Crew,
+    Progress,
+    StageNow,
+    StageTimes,
+    shares,
+    table,
+)
 
 STALL_S = 120.0
-ANSWER_S = 5.0  # the actor answers in milliseconds; a machine that swaps takes longer
 SETTLE_S, QUIET_S = 2.0, 0.2  # last messages may arrive after the last result
 BAR_CELLS = 16
 

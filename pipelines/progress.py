@@ -1,9 +1,10 @@
 """What the stages of a running graph have done, and what their workers wait for.
 
 Workers tell one small actor when they take a row, when a row leaves them and when they are done with it; everything
-else is arithmetic on those three. So the actor also knows what is in hand now, and a long row can be told from a dead
-stage. The price is three messages a row and stage, which nobody waits for: 0.4 ms of CPU each for the worker on a busy
-machine, and the actor takes 1,000 a second, enough for 60 parts a second through the whole graph.
+else is arithmetic on those three. So the actor also knows what is in hand now, a long row can be told from a dead
+stage, and a row that kills every worker is known by it. The price is three messages a row and stage, of which a worker
+waits for the first one's answer: 0.4 ms of CPU each on a busy machine, and the actor takes 1,000 a second, enough for
+60 parts a second through the whole graph.
 
 A worker's time is *busy* (a row in hand) or it stands still. Standing still is told apart by a rule, not by insight:
 
@@ -32,9 +33,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
 STAGES = ("fetch", "transcode", "transcribe", "features", "tokens", "commit")
 _SOURCES_ONLY = ("fetch", "transcode")  # their rows are sources; those of later stages are parts
 RECENT_S = 60.0
+ANSWER_S = 5.0  # the counting actor answers in milliseconds; a machine that swaps takes longer
 FEW_ROWS = 5  # fewer in the last minute say nothing about a rate
 
 
@@ -206,6 +210,7 @@ class Counter:
         self._began_s = self._last_s = now()
         self._num_moves = 0
         self._bytes_seen = 0
+        self._unfinished: dict[tuple[str, str], int] = {}  # (stage, key) -> times begun since it last ended
         self._tallies: dict[str, _Tally] = {stage: _Tally() for crew in crews for stage in crew.stages}
 
     def feed(self, stage: str, rows: int) -> None:
@@ -221,7 +226,8 @@ class Counter:
         self._advance()
         self._tallies[stage].has_begun = True
 
-    def begin(self, stage: str, worker: str, rows: int) -> None:
+    def begin(self, stage: str, worker: str, rows: int, *, key: str = "") -> int:
+        """Returns how many workers have begun the row of that key before and never ended it: they are dead."""
         self._advance()
         tally = self._tallies[stage]
         tally.has_begun = True
@@ -229,6 +235,10 @@ class Counter:
         tally.in_hand.pop(worker, None)
         tally.in_hand[worker] = self._last_s
         self._let_go_of_the_dead(stage)
+        num_lost = self._unfinished.get((stage, key), 0)
+        if key:
+            self._unfinished[stage, key] = num_lost + 1
+        return num_lost
 
     def out(self, stage: str, *, rows: int, failures: int, video_s: float, num_bytes: int, blocked_s: float) -> None:
         """Rows leave a worker, which keeps at it. `blocked_s`: since the last message, how long nobody took them."""
@@ -245,8 +255,9 @@ class Counter:
         self._pass_on(stage, rows=rows, failures=failures)
         self._remember(tally, 0, 0.0 if failures else video_s)
 
-    def end(self, stage: str, worker: str, *, rows: int, blocked_s: float) -> None:
+    def end(self, stage: str, worker: str, *, rows: int, blocked_s: float, key: str = "") -> None:
         self._advance()
+        self._unfinished.pop((stage, key), None)
         tally = self._tallies[stage]
         tally.in_hand.pop(worker, None)
         tally.rows += rows
@@ -387,15 +398,24 @@ class StageClock:
         self._send("ready")
 
     @contextlib.contextmanager
-    def row(self, *, rows: int = 1) -> Iterator[RowClock]:
-        """A row (or a batch of rows) is in hand inside the block."""
+    def row(self, *, rows: int = 1, key: str = "") -> Iterator[RowClock]:
+        """A row (or a batch of rows) is in hand inside the block. With a key that names it, `num_lost` of what the
+        block gets says how many workers died over it."""
         worker = f"{platform.node()}:{os.getpid()}"
-        told = RowClock(self._send, measures_blocking=self._feeds is None)
-        self._send("begin", worker, rows)
+        num_lost = self._begin(worker, rows, key)
+        told = RowClock(self._send, measures_blocking=self._feeds is None, num_lost=num_lost)
         try:
             yield told
         finally:
-            self._send("end", worker, rows=rows, blocked_s=told.blocked_s())
+            self._send("end", worker, rows=rows, blocked_s=told.blocked_s(), key=key)
+
+    def _begin(self, worker: str, rows: int, key: str) -> int:
+        if self._counter is None:
+            return 0
+        with contextlib.suppress(Exception):  # without an answer the row is taken as if for the first time
+            answer = self._counter.begin.remote(self._stage, worker, rows, key=key)
+            return int(ray.get(answer, timeout=ANSWER_S)) if key else 0
+        return 0
 
     def _send(self, message: str, *args: Any, **kwargs: Any) -> None:
         if self._counter is None:
@@ -407,7 +427,8 @@ class StageClock:
 class RowClock:
     """Tells of what leaves the worker while a row is in hand."""
 
-    def __init__(self, send: Callable[..., None], *, measures_blocking: bool) -> None:
+    def __init__(self, send: Callable[..., None], *, measures_blocking: bool, num_lost: int) -> None:
+        self.num_lost = num_lost
         self._send = send
         self._measures_blocking = measures_blocking
         self._blocked_s = 0.0

@@ -21,6 +21,8 @@ from pipelines.progress import StageClock, row_video_s
 
 Row = dict[str, Any]
 
+MAX_LOST_WORKERS = 3  # Ray gives a task no more tries than one after that
+
 _SENTENCE = pa.struct(
     [
         ("start_s", pa.float64()),
@@ -90,7 +92,12 @@ def run_stage(
         if row["status"] is not None:
             yield row
             continue
-        with clock.row() as told, contextlib.closing(_caught(name, function, row)) as results:
+        key = f"{row['source_id']} {row['part_index']}"
+        with clock.row(key=key) as told, contextlib.closing(_caught(name, function, row)) as results:
+            if told.num_lost >= MAX_LOST_WORKERS:
+                told.out(rows=0, failures=1, video_s=row_video_s(row))
+                yield failed(row, stage=name, error=StageError("worker_lost", f"{told.num_lost} workers died of it"))
+                continue
             while True:
                 began_s = time.perf_counter()
                 out = next(results, None)  # the time in which the consumer holds a row is not this stage's

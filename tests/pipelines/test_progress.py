@@ -184,6 +184,15 @@ def test_the_row_of_a_dead_worker_is_let_go_when_its_place_is_taken() -> None:
     assert (now.num_in_hand, now.longest_s) == (1, 0.0)
 
 
+def test_a_row_is_known_by_the_workers_that_died_over_it() -> None:
+    counter = Graph().counter
+    assert [counter.begin("features", worker, 1, key="a 0") for worker in "xyz"] == [0, 1, 2]
+    assert counter.begin("features", "x", 1, key="b 0") == 0
+    assert counter.begin("transcribe", "x", 1, key="a 0") == 0
+    counter.end("features", "z", rows=1, blocked_s=0.0, key="a 0")
+    assert counter.begin("features", "x", 1, key="a 0") == 0
+
+
 def test_failed_rows_leave_the_stages_and_are_written_down_at_the_end() -> None:
     graph = Graph(num_sources=4)
     graph.work("fetch", 1.0, rows=0, failures=1)
