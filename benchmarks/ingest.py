@@ -76,12 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object on standard output")
     parser.add_argument("--quick", action="store_true", help="less video, smaller clips: under five minutes on 2 cores")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        help="size of the clips for S3D, 224 if not given (--quick: 112): a CPU without bfloat16 "
+        "takes four times as long, which leaves the rest of the pipeline little to be measured by",
+    )
     parser.add_argument("--clips", default=str(SHARED) if SHARED.is_dir() else None, help="folder of real clips")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for the corpus, the peer and what is written")
     given = parser.parse_args(argv)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # read by every Ray that starts below this process
-    run = Run(quick=given.quick, work=given.work, videos=_videos(given), config=_config(quick=given.quick))
-    command = f"python -m benchmarks.ingest --json{' --quick' if run.quick else ''} --only {' '.join(given.only)}"
+    run = Run(quick=given.quick, work=given.work, videos=_videos(given), config=_config(given))
+    pixels = run.config.features.pixels
+    command = f"python -m benchmarks.ingest --json{' --quick' if run.quick else ''} --pixels {pixels}"
+    command += f" --only {' '.join(given.only)}"
     outcome = Outcome(details={"command": command, "corpus": corpus.describe(run.videos), "cores": num_cores()})
     measures: dict[str, Callable[[Run, Outcome], None]] = {
         "peer": measure_peer,
@@ -103,8 +111,9 @@ def _videos(given: argparse.Namespace) -> list[Video]:
     return corpus.make_corpus(given.work / ("corpus-quick" if given.quick else "corpus"), wanted)
 
 
-def _config(*, quick: bool) -> IngestConfig:
-    return IngestConfig(features=FeaturesConfig(weights="random:0", pixels=112 if quick else media.PREVIEW_PIXELS))
+def _config(given: argparse.Namespace) -> IngestConfig:
+    pixels = given.pixels or (112 if given.quick else media.PREVIEW_PIXELS)
+    return IngestConfig(features=FeaturesConfig(weights="random:0", pixels=pixels))
 
 
 def measure_peer(run: Run, outcome: Outcome) -> None:
