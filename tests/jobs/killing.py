@@ -21,9 +21,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from jobs.cluster import descendants
 from pipelines.dataset import Dataset
 from pipelines.report import report_of
+from pipelines.s3d import random_s3d
 from pipelines.scratch import PREFIX
 from tests.conftest import ffmpeg
 
@@ -55,13 +58,25 @@ def make_corpus(folder: Path) -> Path:
         inputs = ["-f", "lavfi", "-i", picture, "-f", "lavfi", "-i", sound, "-i", str(captions)]
         encoding = ["-map", "0", "-map", "1", "-map", "2", "-c:a", "aac", "-c:s", "mov_text", "-preset", "ultrafast"]
         ffmpeg(*inputs, *encoding, str(videos / f"v{index}.mp4"))
+    save_file(random_s3d(seed=0).state_dict(), weights_beside(videos))  # made once: each worker would take seconds
     (videos / "copy.mp4").write_bytes((videos / "v1.mp4").read_bytes())
     (videos / "text.mp4").write_text("no video at all\n" * 100)
     return videos
 
 
+def weights_beside(videos: Path) -> Path:
+    return videos.with_name("s3d.safetensors")
+
+
 def command(videos: Path, dataset: Path) -> list[str]:
-    settings = ["--features.weights", "random:0", "--features.pixels", "32", "--media.part_seconds", "7"]
+    settings = [
+        "--features.weights",
+        str(weights_beside(videos)),
+        "--features.pixels",
+        "32",
+        "--media.part_seconds",
+        "7",
+    ]
     settings += ["--vocabulary.k", "3", "--vocabulary.depth", "2", "--transcribe.transcripts", "[captions]"]
     settings += ["--samples_per_shard", "2"]
     return [sys.executable, "-m", "jobs.ingest", str(videos), "--dataset", str(dataset), *settings]

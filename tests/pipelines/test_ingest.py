@@ -72,6 +72,35 @@ def corpus(make_video: MakeVideo, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def ingested(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A place, and what it is to look like: corpus/a, b and copy (of a), elsewhere/c, all of it in dataset."""
+    place, original = (tmp_path_factory.mktemp(name) / "library" for name in ("place", "original"))
+    for name, hue in (("corpus/a.mp4", 0), ("corpus/b.mp4", 90), ("elsewhere/c.mp4", 180)):
+        bars(place / name, hue=hue)
+    shutil.copy(place / "corpus" / "a.mp4", place / "corpus" / "copy.mp4")
+    run(place / "corpus", place / "elsewhere", dataset=place / "dataset")
+    shutil.copytree(place, original)  # with times, which are part of a source's version
+    return place, original
+
+
+@pytest.fixture
+def library(ingested: tuple[Path, Path]) -> Path:
+    """The place of `ingested` as it was."""
+    place, original = ingested
+    shutil.rmtree(place)
+    shutil.copytree(original, place)
+    return place
+
+
+def bars(path: Path, *, seconds: float = 3.2, hue: int = 0) -> Path:
+    """A video of moving test bars."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = f"testsrc2=size=160x120:rate=25:duration={seconds},hue=h={hue}"
+    ffmpeg("-f", "lavfi", "-i", picture, "-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", str(path))
+    return path
+
+
 @pytest.mark.integration
 def test_a_run_balances_and_a_second_one_does_nothing(ray_session: None, corpus: Path, tmp_path: Path) -> None:
     dataset = corpus / "dataset"  # its previews are no sources of the second run
@@ -95,20 +124,16 @@ def test_a_run_balances_and_a_second_one_does_nothing(ray_session: None, corpus:
 
 
 @pytest.mark.integration
-def test_new_videos_are_added_with_the_same_vocabulary_and_others_left_alone(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    dataset = tmp_path / "dataset"
-    make_video("corpus/a.mp4", seconds=3.2)
-    run(tmp_path / "corpus", dataset=dataset)
+def test_new_videos_are_added_with_the_same_vocabulary_and_others_left_alone(library: Path) -> None:
+    dataset = library / "dataset"
     before = Dataset(str(dataset))
     shards = sorted((dataset / "shards").iterdir())
-    make_video("corpus/b.mp4", seconds=3.2, hue=90)
-    result, _ = run(tmp_path / "corpus", dataset=dataset)
+    bars(library / "corpus" / "d.mp4", hue=270)
+    result, _ = run(library / "corpus", dataset=dataset)
     assert result.num_new == 1
     after = Dataset(str(dataset))
     assert after.info == before.info
-    assert {s.title for s in after.samples()} == {"a", "b"}
+    assert titles(dataset) == ["a", "b", "c", "d"]
     assert set(shards) < set((dataset / "shards").iterdir())
 
 
@@ -149,71 +174,52 @@ def test_long_videos_become_several_samples_on_one_clock(
 
 
 @pytest.mark.integration
-def test_a_dataset_refuses_features_of_another_extractor(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    make_video("corpus/a.mp4", seconds=3.2)
-    run(tmp_path / "corpus", dataset=tmp_path / "dataset")
-    make_video("corpus/b.mp4", seconds=3.2, hue=90)
+def test_a_dataset_refuses_features_of_another_extractor(library: Path) -> None:
+    bars(library / "corpus" / "d.mp4", hue=270)
     other = dataclasses.replace(CONFIG, features=FeaturesConfig(weights="random:1", pixels=32))
     with pytest.raises(ValueError, match="use those weights and pixels, or another --dataset"):
-        run(tmp_path / "corpus", dataset=tmp_path / "dataset", config=other)
+        run(library / "corpus", dataset=library / "dataset", config=other)
 
 
 @pytest.mark.integration
-def test_a_changed_file_takes_the_place_of_its_older_version_and_a_touched_one_costs_nothing(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
-    make_video("corpus/a.mp4", seconds=3.2)
-    path = make_video("corpus/b.mp4", seconds=3.2, hue=90)
-    run(corpus, dataset=dataset)
+def test_a_changed_file_takes_the_place_of_its_older_version_and_a_touched_one_costs_nothing(library: Path) -> None:
+    corpus, dataset = library / "corpus", library / "dataset"
     before = {sample.key for sample in Dataset(str(dataset)).samples()}
-    os.utime(path, (1, 1))
+    os.utime(corpus / "b.mp4", (1, 1))
     assert run(corpus, dataset=dataset)[0].num_new == 0
-    assert books(dataset) == ({"kept": 2, "filtered": 1}, {"superseded": 1})
+    assert books(dataset) == ({"kept": 3, "filtered": 2}, {"duplicate": 1, "superseded": 1})
     assert {sample.key for sample in Dataset(str(dataset)).samples()} == before
-    make_video("corpus/b.mp4", seconds=4.7, hue=180)
+    bars(corpus / "b.mp4", seconds=4.7, hue=210)
     assert run(corpus, dataset=dataset)[0].num_new == 1
-    assert books(dataset) == ({"kept": 2, "filtered": 2}, {"superseded": 2})
-    assert {s.title: len(s.visual_tokens) for s in Dataset(str(dataset)).samples()} == {"a": 2, "b": 3}
+    assert books(dataset) == ({"kept": 3, "filtered": 3}, {"duplicate": 1, "superseded": 2})
+    assert {s.title: len(s.visual_tokens) for s in Dataset(str(dataset)).samples()} == {"a": 2, "b": 3, "c": 2}
     assert run(corpus, dataset=dataset)[0].num_new == 0
 
 
 @pytest.mark.integration
-def test_a_copy_takes_over_at_once_when_its_original_is_changed(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
-    shutil.copy(make_video("corpus/a.mp4", seconds=3.2), corpus / "copy.mp4")
+def test_a_copy_takes_over_at_once_when_its_original_is_changed(library: Path) -> None:
+    corpus, dataset = library / "corpus", library / "dataset"
+    assert titles(dataset) == ["a", "b", "c"]
+    bars(corpus / "a.mp4", hue=270)
     run(corpus, dataset=dataset)
-    assert titles(dataset) == ["a"]
-    make_video("corpus/a.mp4", seconds=3.2, hue=90)
-    run(corpus, dataset=dataset)
-    assert titles(dataset) == ["a", "copy"]
-    assert books(dataset) == ({"kept": 2, "filtered": 1}, {"superseded": 1})
+    assert titles(dataset) == ["a", "b", "c", "copy"]
+    assert books(dataset) == ({"kept": 4, "filtered": 1}, {"superseded": 1})
 
 
 @pytest.mark.integration
-def test_removed_files_stay_unless_asked_and_come_back_when_they_do(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    corpus, dataset = tmp_path / "corpus", tmp_path / "dataset"
-    make_video("corpus/a.mp4", seconds=3.2)
-    path = make_video("corpus/b.mp4", seconds=3.2, hue=90)
-    other = make_video("elsewhere/c.mp4", seconds=3.2, hue=180)
-    run(corpus, other, dataset=dataset)
-    path.rename(tmp_path / "aside.mp4")
+def test_removed_files_stay_unless_asked_and_come_back_when_they_do(library: Path) -> None:
+    corpus, dataset = library / "corpus", library / "dataset"
+    (corpus / "b.mp4").rename(library / "aside.mp4")
     _, said = run(corpus, dataset=dataset)
     assert any("1 sources are gone from their place" in line for line in said)
     assert titles(dataset) == ["a", "b", "c"]
     run(corpus, dataset=dataset, removed="drop")
     assert titles(dataset) == ["a", "c"]  # c lies in a place that was not listed
-    assert books(dataset) == ({"kept": 2, "filtered": 1}, {"removed": 1})
-    (tmp_path / "aside.mp4").rename(path)
+    assert books(dataset) == ({"kept": 2, "filtered": 2}, {"duplicate": 1, "removed": 1})
+    (library / "aside.mp4").rename(corpus / "b.mp4")
     run(corpus, dataset=dataset)
     assert titles(dataset) == ["a", "b", "c"]
-    assert books(dataset) == ({"kept": 3}, {})
+    assert books(dataset) == ({"kept": 3, "filtered": 1}, {"duplicate": 1})
 
 
 @pytest.mark.integration
@@ -275,15 +281,13 @@ def test_a_list_carries_its_columns_into_the_samples_and_a_row_without_a_file_co
 
 
 @pytest.mark.integration
-def test_a_dataset_can_be_made_again_from_the_previews_of_another(
-    ray_session: None, make_video: MakeVideo, tmp_path: Path
-) -> None:
-    path = make_video("corpus/a.mp4", seconds=3.2)
-    run(tmp_path / "corpus", dataset=tmp_path / "old")
-    path.unlink()
-    run(tmp_path / "old", dataset=tmp_path / "new")
-    (sample,) = Dataset(str(tmp_path / "new")).samples()
-    assert (sample.title, sample.metadata["source"], len(sample.visual_tokens)) == ("a", str(path), 2)
+def test_a_dataset_can_be_made_again_from_the_previews_of_another(library: Path) -> None:
+    shutil.rmtree(library / "corpus")
+    shutil.rmtree(library / "elsewhere")
+    run(library / "dataset", dataset=library / "new")
+    found = {s.title: (s.metadata["source"], len(s.visual_tokens)) for s in Dataset(str(library / "new")).samples()}
+    originals = {"a": "corpus/a.mp4", "b": "corpus/b.mp4", "c": "elsewhere/c.mp4"}
+    assert found == {title: (str(library / name), 2) for title, name in originals.items()}
 
 
 @pytest.mark.integration
