@@ -170,8 +170,9 @@ class _Run:
             self.folder.write("ledger/.writable", b"")
             self.folder.delete("ledger/.writable")
         except OSError as error:
+            why = error.__cause__ if isinstance(error.__cause__, OSError) else error  # without the folder's own remedy
             raise PermissionError(
-                f"cannot write to the dataset folder {self.folder.root} ({error.strerror or error}): "
+                f"cannot write to the dataset folder {self.folder.root} ({why.strerror or why}): "
                 "name another --dataset or mend its permissions."
             ) from error
 
