@@ -17,6 +17,7 @@ colour, shape and motion statistics, no knowledge of the world.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -30,6 +31,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -222,7 +224,8 @@ def load_s3d(
 def load_weights(weights: str, *, cache_dir: Path | None = None) -> tuple[S3D, str, str]:
     """(float32 network in eval mode, its name, sha256 of its parameters) for a weights spec; see `load_s3d`."""
     if weights.startswith("random:"):
-        return random_s3d(seed=_random_seed(weights)), *identify(weights)
+        made = _random_once(_random_seed(weights), cache_dir=cache_dir or _default_cache_dir())
+        return made, *identify(weights)
     state = _read_state(_weights_file(weights, cache_dir=cache_dir))
     model = S3D(num_classes=_num_classes(state, weights=weights)).eval()
     expected = model.state_dict()
@@ -284,6 +287,25 @@ def random_s3d(*, seed: int) -> S3D:
     for norm in norms:
         norm.momentum = 1e-3
     return model.eval()
+
+
+def _random_once(seed: int, *, cache_dir: Path) -> S3D:
+    """`random_s3d` from `cache_dir`, where it is kept: each worker of a run would take seconds to make it."""
+    from safetensors.torch import load_file, save_file
+
+    path = cache_dir / f"{_RANDOM_RECIPE}-{seed}.safetensors"
+    model = S3D().eval()
+    with contextlib.suppress(OSError, SafetensorError, RuntimeError):  # not there yet, or not whole
+        model.load_state_dict(load_file(path))
+        return model
+    model = random_s3d(seed=seed)
+    with contextlib.suppress(OSError):  # a home that cannot be written costs the seconds again
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".partial", delete=False) as partial:
+            pass
+        save_file(model.state_dict(), partial.name)
+        os.replace(partial.name, path)
+    return model
 
 
 def _random_kernels(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -24,7 +24,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 MakeVideo = Callable[..., Path]
 
 # First, so that no process is left with a long one at the end.
-LONGEST_FILES = ("test_ray_worker.py", "test_ingest.py", "test_demo.py", "test_hostile.py", "test_ray_job.py")
+LONGEST_FILES = (
+    "test_ray_worker.py",
+    "test_ingest.py",
+    "test_demo.py",
+    "test_hostile.py",
+    "test_ray_job.py",
+    "test_media.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipelines.s3d import KINETICS400, S3D, WeightsError, load_s3d, load_weights, random_s3d
+from pipelines.s3d import KINETICS400, S3D, WeightsError, identify, load_s3d, load_weights, random_s3d
 
 State = dict[str, torch.Tensor]
 
@@ -160,14 +160,34 @@ def test_frames_of_another_shape_are_refused(checkpoint: Path, frames: np.ndarra
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_random_weights_are_the_same_each_time_and_differ_by_seed(model: S3D) -> None:
-    again, name, digest = load_weights("random:3")
+def test_random_weights_are_the_same_each_time_and_differ_by_seed(model: S3D, tmp_path: Path) -> None:
+    again, name, digest = load_weights("random:3", cache_dir=tmp_path)
     assert name == "s3d-random-3"
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value)
-    _, _, other = load_weights("random:4")
+    _, other = identify("random:4")
     assert len(digest) == 64
     assert digest != other
+
+
+def test_random_weights_are_made_once_and_again_where_their_file_is_damaged(model: S3D, tmp_path: Path) -> None:
+    first, _, _ = load_weights("random:3", cache_dir=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    second, _, _ = load_weights("random:3", cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    third, _, _ = load_weights("random:3", cache_dir=tmp_path)
+    for made in (first, second, third):
+        assert not made.training
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(made.state_dict()[key], value)
+
+
+def test_random_weights_do_without_a_place_to_keep_them(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    made, _, _ = load_weights("random:3", cache_dir=tmp_path / "a file")
+    assert len(made.state_dict()) == 464
 
 
 def test_random_weights_tell_clips_apart(checkpoint: Path) -> None:
