@@ -38,7 +38,7 @@ class Outcome:
     leaked: bool
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def home() -> Iterator[tuple[str, list[object]]]:
     """A server that malicious files call: its address, and who called."""
     calls: list[object] = []
@@ -110,8 +110,12 @@ def children() -> set[int]:
     return found
 
 
+NUM_FIXED_KINDS = 84
+
+
 def check(files: list[HostileFile], folder: Path, calls: list[object]) -> list[Outcome]:
     folder.mkdir()
+    calls.clear()
     others = children()
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with ThreadPoolExecutor(2) as pool:
@@ -131,12 +135,17 @@ def check(files: list[HostileFile], folder: Path, calls: list[object]) -> list[O
     return outcomes
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, home: tuple[str, list[object]]) -> list[HostileFile]:
+    """All fixed kinds, and some damaged files after them."""
+    return write_hostile(tmp_path_factory.mktemp("hostile") / "in", count=100, seed=0, url=home[0])
+
+
 @pytest.mark.integration
 def test_every_kind_of_hostile_file_ends_with_an_acceptable_outcome(
-    tmp_path: Path, home: tuple[str, list[object]]
+    files: list[HostileFile], tmp_path: Path, home: tuple[str, list[object]]
 ) -> None:
-    url, calls = home
-    outcomes = check(write_hostile(tmp_path / "in", count=84, seed=0, url=url), tmp_path / "scratch", calls)
+    outcomes = check(files[:NUM_FIXED_KINDS], tmp_path / "scratch", home[1])
     assert len({o.file.kind for o in outcomes}) >= 80
     assert {"kept", "no_video", "too_short", "unreadable", "forbidden_format", "too_large"} <= {
         o.name for o in outcomes
@@ -144,18 +153,19 @@ def test_every_kind_of_hostile_file_ends_with_an_acceptable_outcome(
 
 
 @pytest.mark.integration
-def test_an_unguarded_ffmpeg_would_have_called_and_followed(tmp_path: Path, home: tuple[str, list[object]]) -> None:
+def test_an_unguarded_ffmpeg_would_have_called_and_followed(
+    files: list[HostileFile], home: tuple[str, list[object]]
+) -> None:
     """The same files are dangerous: a test that nobody could fail would prove nothing."""
-    url, calls = home
-    files = {file.kind: file for file in write_hostile(tmp_path / "in", count=84, seed=0, url=url)}
+    calls, kinds = home[1], {file.kind: file for file in files}
     for kind, options in (("hls url", ()), ("ffconcat url", ("-safe", "0")), ("dash url as mp4", ())):
         calls.clear()
-        unguarded(files[kind].path, *options)
+        unguarded(kinds[kind].path, *options)
         until = time.monotonic() + 10
         while not calls and time.monotonic() < until:  # the listener is a thread
             time.sleep(0.01)
         assert calls, kind
-    followed = unguarded(files["external reference to video"].path, "-enable_drefs", "1", "-use_absolute_path", "1")
+    followed = unguarded(kinds["external reference to video"].path, "-enable_drefs", "1", "-use_absolute_path", "1")
     assert followed > 70
 
 
@@ -179,7 +189,8 @@ def test_five_hundred_hostile_files(tmp_path: Path, home: tuple[str, list[object
 
 
 @pytest.mark.integration
-def test_the_same_seed_writes_the_same_damage(tmp_path: Path) -> None:
-    first, again = (write_hostile(tmp_path / name, count=100, seed=3) for name in ("a", "b"))
-    damaged = [(a.path.read_bytes(), b.path.read_bytes()) for a, b in zip(first, again, strict=True)][84:]
+def test_the_same_seed_writes_the_same_damage(files: list[HostileFile], tmp_path: Path) -> None:
+    again = write_hostile(tmp_path / "in", count=len(files), seed=0)
+    damaged = [(a.path.read_bytes(), b.path.read_bytes()) for a, b in zip(files, again, strict=True)][NUM_FIXED_KINDS:]
+    assert damaged
     assert all(a == b for a, b in damaged)

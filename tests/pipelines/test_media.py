@@ -193,7 +193,8 @@ def test_the_first_part_comes_while_ffmpeg_runs_and_closing_ends_it(make_video: 
 def test_an_interrupt_leaves_nothing_running(make_video: MakeVideo, tmp_path: Path) -> None:
     make_video("long.mkv", seconds=3600, fps=1, size="64x48")
     code = (
-        "import pathlib; from pipelines import media; from pipelines.dataset import ClipGrid\n"
+        "import pathlib, signal; from pipelines import media; from pipelines.dataset import ClipGrid\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit deaf ears
         "config, here = media.MediaConfig(), pathlib.Path.cwd()\n"
         "found = media.probe('long.mkv', config=config)\n"
         "print('up', flush=True)\n"
