@@ -356,14 +356,14 @@ def test_a_child_that_breaks_a_limit_says_which(
 @pytest.mark.integration
 @pytest.mark.parametrize("limit", [{"cpu_s": 1.0}, {"output_bytes": 1 << 20}])
 def test_ffmpeg_that_breaks_a_limit_is_quarantined(make_video: MakeVideo, limit: dict[str, float]) -> None:
-    path = make_video("v.mkv", seconds=120, fps=20, size="320x240")
+    path = make_video("v.mkv", seconds=900, fps=20, size="64x48")
     with pytest.raises(StageError, match=f"limit_exceeded.*{next(iter(limit))}"):
         parts_of(path, config=MediaConfig(**limit))
 
 
 @pytest.mark.integration
 def test_ffmpeg_that_takes_too_long_is_quarantined(make_video: MakeVideo) -> None:
-    path = make_video("v.mkv", seconds=600, fps=20, size="64x48")
+    path = make_video("v.mkv", seconds=1800, fps=20, size="64x48")
     assert reason_of(path, config=MediaConfig(timeout_s=1.0)) == "timeout"
 
 
