@@ -299,12 +299,11 @@ def _random_once(seed: int, *, cache_dir: Path) -> S3D:
         model.load_state_dict(load_file(path))
         return model
     model = random_s3d(seed=seed)
-    with contextlib.suppress(OSError):  # a home that cannot be written costs the seconds again
+    with contextlib.suppress(OSError, SafetensorError):  # a home that cannot be written costs the seconds again
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".partial", delete=False) as partial:
-            pass
-        save_file(model.state_dict(), partial.name)
-        os.replace(partial.name, path)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as unfinished:
+            save_file(model.state_dict(), Path(unfinished, path.name))
+            os.replace(Path(unfinished, path.name), path)
     return model
 
 
